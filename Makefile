@@ -1,0 +1,40 @@
+# `make setup` installs everything into .venv; the other targets do that first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := CMakeLists.txt $(shell find plugins -type f)
+
+.PHONY: setup test test-large test-cpp sanitize lint format demo wheel clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt lmkan_deploy/version.py $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt --editable '.[cpu,export,test,demo]'
+	touch $@
+
+test: setup ## All tests of Python and C++.
+	$(BIN)/python -m pytest
+
+test-large: setup ## Tests that need several GB of memory.
+	$(BIN)/python -m pytest -m large
+
+demo: setup ## Trains, exports, verifies and serves a small network on real data.
+	$(BIN)/python examples/methane/demo.py
+
+wheel: setup ## A wheel in dist/.
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+lint: setup ## Formatting, lint and types.
+	$(BIN)/pip install --quiet -c constraints.txt --editable '.[lint]'
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find plugins examples -name '*.cc' -o -name '*.h')
+
+format: setup
+	$(BIN)/pip install --quiet -c constraints.txt --editable '.[lint]'
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find plugins examples -name '*.cc' -o -name '*.h')
+
+clean:
+	rm -rf $(VENV) build dist

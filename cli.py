@@ -1,0 +1,3 @@
+from lmkan_deploy.cli import main
+
+main()

@@ -1,0 +1,257 @@
+"""The command line's verbs as functions: `export`, `verify`, `run`, `inspect`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmkan_deploy.errors import CheckpointError, VerificationError
+from lmkan_deploy.inspection import ModelInfo, inspect_model
+from lmkan_deploy.runtime.runner import Runner, RuntimeName, load_runner
+from lmkan_deploy.runtime.tensors import Arrays, TensorSpec
+from lmkan_deploy.verification import Verification, random_cases, verify_runners
+from lmkan_deploy.version import __version__
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from lmkan_deploy.checkpoints import Architecture, Checkpoint
+    from lmkan_deploy.runtime.pytorch import TorchRunner
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export did.
+
+    Attributes:
+        path: The ONNX file.
+        kind: What the checkpoint was.
+        notes: What the user should know, a line each.
+        verification: None where it was not asked for.
+        info: Summary of the model.
+    """
+
+    path: Path
+    kind: str
+    notes: list[str]
+    verification: Verification | None
+    info: ModelInfo
+
+
+def export(
+    checkpoint: str | Path,
+    output: str | Path | None = None,
+    *,
+    architecture: Architecture | None = None,
+    input_shapes: Sequence[str] = (),
+    trust_pickle: bool = False,
+    opset: int | None = None,
+    external_data: bool | None = None,
+    check: bool = True,
+    rtol: float | None = None,
+    progress: Progress = lambda _: None,
+) -> ExportResult:
+    """Exports a saved network to ONNX and verifies the result.
+
+    The file appears complete and verified, or not at all.
+
+    Args:
+        checkpoint: A state dict, a `torch.export` archive, or a pickled module.
+        output: The ONNX file; by default the checkpoint's path with the suffix `.onnx`.
+        architecture: What builds the network of a state dict; see `Architecture`.
+        input_shapes: Such as `batch,12` or `x:batch,4,8,8`, where the shapes can't be inferred.
+        trust_pickle: Whether the file may run code while it is loaded.
+        opset: Version of ONNX's standard operators.
+        external_data: Whether weights get a file of their own; None decides by their size.
+        check: Whether to compare ONNX Runtime with PyTorch, with the compiled operator and without.
+        rtol: Allowed relative error of that comparison; None takes a default by type.
+        progress: Called with a line at each step.
+
+    Raises:
+        CheckpointError: The checkpoint can't be read, needs trust, or does not fit the architecture.
+        ExportError: The network can't be expressed in ONNX.
+        VerificationError: The exported model gives other answers; no file is left.
+        ModelError: The file can't be written.
+    """
+    from lmkan_deploy.checkpoints import load_checkpoint
+    from lmkan_deploy.converters.model_file import staged_model
+
+    progress("loading the checkpoint")
+    loaded = load_checkpoint(checkpoint, architecture, trust_pickle=trust_pickle)
+    path = Path(output) if output is not None else Path(checkpoint).with_suffix(".onnx")
+    progress("exporting to ONNX")
+    specs = _input_specs(loaded, input_shapes)
+    model = _convert(loaded, specs, opset)
+    model.metadata_props.update(_provenance(loaded, architecture, input_shapes))
+    verification = None
+    progress("writing")
+    with staged_model(model, path, external_data=external_data) as staged:
+        if check:
+            verification = _verify_staged(staged, loaded, specs, model, rtol, progress)
+    return ExportResult(path, loaded.kind, loaded.notes, verification, inspect_model(path))
+
+
+def verify(
+    model: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    architecture: Architecture | None = None,
+    input_shapes: Sequence[str] = (),
+    trust_pickle: bool = False,
+    inputs: Mapping[str, NDArray[Any]] | None = None,
+    outputs: Mapping[str, NDArray[Any]] | None = None,
+    runtimes: Sequence[RuntimeName] = ("onnxruntime", "onnxruntime-function"),
+    batch_sizes: Sequence[int] | None = None,
+    seed: int = 0,
+    rtol: float | None = None,
+    progress: Progress = lambda _: None,
+) -> Verification:
+    """Compares a model's runtimes with a reference.
+
+    The reference is the PyTorch network where a checkpoint is given; stored outputs where `outputs` is; the
+    function that the model carries, in ONNX Runtime, otherwise.
+
+    Args:
+        model: An ONNX file.
+        checkpoint: Where the model came from.
+        architecture: For the checkpoint; see `export`.
+        input_shapes: For the checkpoint; see `export`.
+        trust_pickle: For the checkpoint; see `export`.
+        inputs: Inputs by name, compared besides random ones. Required with `outputs`, which then are the
+            only case.
+        outputs: Expected outputs by name.
+        runtimes: What to compare.
+        batch_sizes: Sizes of the free axes of random inputs.
+        seed: Of the random inputs.
+        rtol: Allowed relative error; None takes a default by type.
+        progress: Called with a line at each step.
+
+    Raises:
+        LmkanError: A file can't be loaded, or the reference does not take an input.
+    """
+    progress("loading")
+    runners = [load_runner(model, runtime) for runtime in runtimes]
+    given = {"given inputs": dict(inputs)} if inputs is not None else {}
+    if outputs is not None:
+        if inputs is None:
+            raise CheckpointError("expected inputs beside the expected outputs, found none; pass --inputs")
+        return verify_runners({"given inputs": dict(outputs)}, runners, given, rtol=rtol, progress=progress)
+    sizes = {} if batch_sizes is None else {"sizes": batch_sizes}
+    cases = random_cases(runners[0].inputs, seed=seed, **sizes) | given
+    reference: Runner
+    if checkpoint is not None:
+        from lmkan_deploy.checkpoints import load_checkpoint
+
+        loaded = load_checkpoint(checkpoint, architecture, trust_pickle=trust_pickle)
+        names = [spec.name for spec in runners[0].outputs]
+        reference = _torch_runner(loaded, _input_specs(loaded, input_shapes), names)
+    else:
+        reference = load_runner(model, "onnxruntime-function")
+    return verify_runners(reference, runners, cases, rtol=rtol, progress=progress)
+
+
+def run(
+    model: str | Path,
+    feeds: Mapping[str, NDArray[Any]],
+    *,
+    runtime: RuntimeName = "onnxruntime",
+    threads: int | None = None,
+) -> Arrays:
+    """Loads a model and runs it once; keep a `load_runner` for more calls.
+
+    Args:
+        model: An ONNX file.
+        feeds: Every input by name.
+        runtime: See `load_runner`.
+        threads: See `load_runner`.
+
+    Returns:
+        Every output by name.
+
+    Raises:
+        LmkanError: The model can't be loaded, or the arrays don't fit its inputs.
+    """
+    return load_runner(model, runtime, threads=threads).run(feeds)
+
+
+def inspect(model: str | Path) -> ModelInfo:
+    """Summary of an ONNX model; see `ModelInfo`."""
+    return inspect_model(model)
+
+
+def _input_specs(checkpoint: Checkpoint, input_shapes: Sequence[str]) -> list[TensorSpec]:
+    from lmkan_deploy.checkpoints.exported_program import program_inputs
+    from lmkan_deploy.checkpoints.input_shapes import input_specs, parse_input_shape
+
+    if checkpoint.program is not None:
+        if input_shapes:
+            raise CheckpointError(
+                "a torch.export archive holds the shapes of its inputs: leave out --input-shape, or trace the "
+                "network again with other dynamic shapes"
+            )
+        return program_inputs(checkpoint.program)
+    return input_specs(checkpoint.module, [parse_input_shape(text) for text in input_shapes])
+
+
+def _convert(checkpoint: Checkpoint, specs: Sequence[TensorSpec], opset: int | None) -> ir.Model:
+    from lmkan_deploy.converters.torch_to_onnx import DEFAULT_OPSET, program_to_onnx, to_onnx
+
+    opset = DEFAULT_OPSET if opset is None else opset
+    if checkpoint.program is not None:
+        return program_to_onnx(checkpoint.program, specs, opset=opset)
+    return to_onnx(checkpoint.module, specs, opset=opset)
+
+
+def _verify_staged(
+    staged: Path,
+    checkpoint: Checkpoint,
+    specs: Sequence[TensorSpec],
+    model: ir.Model,
+    rtol: float | None,
+    progress: Progress,
+) -> Verification:
+    reference = _torch_runner(checkpoint, specs, [str(value.name) for value in model.graph.outputs])
+    runners = [load_runner(staged), load_runner(staged, "onnxruntime-function")]
+    verification = verify_runners(reference, runners, random_cases(specs), rtol=rtol, progress=progress)
+    if not verification.passed:
+        worst = next(c for c in verification.comparisons if not c.passed)
+        raise VerificationError(
+            f"the exported model differs from PyTorch: {worst.runner}, {worst.case}, output {worst.output}: "
+            f"{worst.problem or f'relative error {worst.max_rel:.2e}, allowed {worst.rtol:.0e}'}; nothing was "
+            "written; pass --rtol to allow more, or --no-verify to look at the model"
+        )
+    return verification
+
+
+def _torch_runner(
+    checkpoint: Checkpoint, specs: Sequence[TensorSpec], output_names: Sequence[str]
+) -> TorchRunner:
+    from lmkan_deploy.runtime.pytorch import TorchRunner
+
+    return TorchRunner(checkpoint.module, specs, output_names)
+
+
+def _provenance(
+    checkpoint: Checkpoint, architecture: Architecture | None, input_shapes: Sequence[str]
+) -> dict[str, str]:
+    import onnx
+    import torch
+
+    options: dict[str, Any] = {"input_shapes": list(input_shapes)}
+    if architecture is not None and architecture.factory is not None:
+        options |= {"arch": architecture.factory, "arch_args": architecture.arguments}
+    return {
+        "lmkan_deploy.version": __version__,
+        "lmkan_deploy.checkpoint": checkpoint.path.name,
+        "lmkan_deploy.checkpoint_sha256": checkpoint.sha256(),
+        "lmkan_deploy.checkpoint_kind": checkpoint.kind,
+        "lmkan_deploy.torch_version": torch.__version__,
+        "lmkan_deploy.onnx_version": onnx.__version__,
+        "lmkan_deploy.options": json.dumps(options),
+    }

@@ -1,0 +1,196 @@
+"""Recognises what a file is, and loads it."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lmkan_deploy import upstream
+from lmkan_deploy.checkpoints.architecture import Architecture
+from lmkan_deploy.checkpoints.exported_program import is_exported_program, load_exported_program
+from lmkan_deploy.checkpoints.state_dict import build_stack, fill, unwrap
+from lmkan_deploy.errors import CheckpointError
+from lmkan_deploy.nn import LMKAN2DLayer
+from lmkan_deploy.spec import MIN_NUM_GRIDS, grid_points
+
+Kind = Literal["state dict", "inferred stack", "exported program", "pickled module"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network out of a file.
+
+    Attributes:
+        path: The file.
+        kind: What the file was.
+        module: The network, in eval mode, on the CPU.
+        program: For an exported program, the program itself; `module` then runs it.
+        notes: What a user should know about how it was loaded, a line each.
+    """
+
+    path: Path
+    kind: Kind
+    module: nn.Module
+    program: torch.export.ExportedProgram | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def sha256(self) -> str:
+        """Hash of the file."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+
+def load_checkpoint(
+    path: str | Path, architecture: Architecture | None = None, *, trust_pickle: bool = False
+) -> Checkpoint:
+    """Loads a network from a state dict, a `torch.export` archive, or a pickled module.
+
+    Nothing in the file is executed unless `trust_pickle` is set; the code of `architecture` is the
+    caller's own and does run.
+
+    Args:
+        path: The file.
+        architecture: Builds the network of a state dict. Not needed for a plain stack of lookup and
+            BatchNorm layers, nor for the other kinds (its folder helps a pickle to find its classes).
+        trust_pickle: Whether a file may run code while it is loaded.
+
+    Raises:
+        CheckpointError: The file can't be read, needs trust, or does not fit the architecture; or the
+            network's tables are damaged.
+    """
+    path = Path(path)
+    architecture = architecture or Architecture()
+    _check_file(path)
+    if is_exported_program(path):
+        program = load_exported_program(path, trust=trust_pickle)
+        checkpoint = Checkpoint(path, "exported program", program.module(), program)
+    else:
+        content = _load_content(path, architecture, trust_pickle)
+        checkpoint = _from_content(path, content, architecture)
+    _check_tables(checkpoint)
+    return checkpoint
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"expected a checkpoint file, found the folder {path}")
+    if not path.is_file():
+        raise CheckpointError(f"expected a checkpoint file, found no file {path}")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"expected a checkpoint, found the empty file {path}")
+
+
+def _load_content(path: Path, architecture: Architecture, trust_pickle: bool) -> Any:
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.endswith("constants.pkl") for name in names):
+            raise CheckpointError(
+                f"expected a state dict, a torch.export archive or a pickled module, found the TorchScript "
+                f"archive {path}; save model.state_dict() instead"
+            )
+    try:
+        # Tensors of a zip file stay on disk until they are used.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        if not re.search("Unsupported (global|class)", str(error)):
+            raise _unreadable(path, error) from error
+        if not trust_pickle:
+            raise CheckpointError(
+                f"expected a file of tensors alone, found pickled Python objects in {path}; loading them runs "
+                "code from the file: pass --trust-pickle if you trust its origin, or save "
+                "model.state_dict() and pass --arch"
+            ) from error
+    except Exception as error:  # PyTorch raises whatever its many parsers raise
+        raise _unreadable(path, error) from error
+    return _load_pickle(path, architecture)
+
+
+def _load_pickle(path: Path, architecture: Architecture) -> Any:
+    with architecture.importable():
+        try:
+            return torch.load(path, map_location="cpu", weights_only=False)
+        except (ImportError, AttributeError) as error:
+            hint = (
+                "it was saved from a script, whose classes have no module to import: save "
+                "model.state_dict() and pass --arch"
+                if "__main__" in str(error)
+                else "pass the folder of the code that saved it with --arch-path"
+            )
+            raise CheckpointError(f"could not unpickle {path}: {error}; {hint}") from error
+        except Exception as error:  # the pickle's own code may raise anything
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CheckpointError(
+        f"expected a PyTorch checkpoint, could not read {path}: {reason}; the file is truncated, damaged or "
+        "of another format"
+    )
+
+
+def _from_content(path: Path, content: Any, architecture: Architecture) -> Checkpoint:
+    if isinstance(content, nn.Module):
+        return Checkpoint(path, "pickled module", _prepare(content))
+    state = unwrap(content)
+    if state is None:
+        found = f"a {type(content).__name__}"
+        if isinstance(content, dict):
+            found += f" with the keys {', '.join(map(repr, list(content)[:5]))}" if content else " without keys"
+        raise CheckpointError(f"expected a state dict or a module in {path}, found {found}")
+    if architecture.factory is not None:
+        module = architecture.build()
+        fill(module, state, architecture.factory)
+        return Checkpoint(path, "state dict", _prepare(module))
+    notes = []
+    module = build_stack(state)
+    if any(isinstance(layer, nn.BatchNorm1d) for layer in module):
+        notes.append("assumed BatchNorm's default eps of 1e-5, which a state dict does not hold")
+    return Checkpoint(path, "inferred stack", _prepare(module), notes=notes)
+
+
+def _prepare(module: nn.Module) -> nn.Module:
+    module = upstream.replace_layers(module).eval()
+    for layer in module.modules():
+        if isinstance(layer, LMKAN2DLayer):
+            parameter = layer.func_parameter
+            parameter.data = parameter.data.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+    return module
+
+
+def _check_tables(checkpoint: Checkpoint) -> None:
+    """Refuses tables that no runtime could evaluate, and grids that are not the operator's."""
+    state = checkpoint.module.state_dict()
+    tables = {key: value for key, value in state.items() if key.split(".")[-1] == "func_parameter"}
+    for key, table in tables.items():
+        if not torch.isfinite(table).all():
+            count = int((~torch.isfinite(table)).sum())
+            raise CheckpointError(
+                f"expected finite values in {key}, found {count} NaN or infinite ones in {checkpoint.path}; "
+                "the training diverged: use an earlier checkpoint"
+            )
+        num_grids = table.shape[0] - 1
+        if num_grids < MIN_NUM_GRIDS:
+            raise CheckpointError(
+                f"expected a grid of at least {MIN_NUM_GRIDS} cells in {key}, found {num_grids}"
+            )
+        borders = state.get(key.removesuffix("func_parameter") + "borders")
+        expected = torch.from_numpy(grid_points(num_grids))
+        if borders is not None and not torch.allclose(borders.double(), expected, rtol=1e-2, atol=1e-3):
+            raise CheckpointError(
+                f"expected the operator's grid of {num_grids} cells in {key.removesuffix('func_parameter')}"
+                f"borders, found other points; tables trained on another grid can't be exported"
+            )

@@ -1,0 +1,1 @@
+"""Checkpoint -> ONNX: the exporter, the operator's ONNX definition, and the graph passes."""

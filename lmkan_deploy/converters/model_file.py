@@ -1,0 +1,90 @@
+"""Reads and writes ONNX files; writing is all or nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from lmkan_deploy.errors import ModelError
+
+EXTERNAL_DATA_THRESHOLD = 1 << 30
+"""Bytes of weights above which they go to a file of their own; one file holds less than 2 GiB."""
+
+_EXTERNAL_TENSOR_BYTES = 1024
+"""Smaller tensors stay in the model file even then."""
+
+
+def load_model(path: Path) -> ir.Model:
+    """Reads an ONNX file; weights in external data stay on disk until they are used.
+
+    Raises:
+        ModelError: The file is missing, empty, or not ONNX, or its external data is missing.
+    """
+    if not path.is_file():
+        raise ModelError(f"expected an ONNX file, found no file {path}")
+    if path.stat().st_size == 0:
+        raise ModelError(f"expected an ONNX file, found the empty file {path}")
+    try:
+        model = ir.load(path)
+    except (DecodeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelError(f"expected an ONNX file, could not read {path}: {error}") from error
+    if len(model.graph.inputs) + len(model.graph.outputs) == 0:
+        raise ModelError(f"expected an ONNX model with inputs and outputs, found none in {path}")
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and not Path(tensor.path).is_file():
+            raise ModelError(f"expected the weights of {path} in {tensor.path}, found no such file")
+    return model
+
+
+@contextmanager
+def staged_model(model: ir.Model, path: Path, *, external_data: bool | None = None) -> Iterator[Path]:
+    """Writes a model beside its destination; it moves there when the block ends without an error.
+
+    Args:
+        model: Written as it is.
+        path: Destination; replaced if it exists.
+        external_data: Whether weights go to `<path>.data`; None decides by `EXTERNAL_DATA_THRESHOLD`.
+
+    Yields:
+        The staged file, complete and loadable.
+
+    Raises:
+        ModelError: The folder does not exist or can't be written.
+    """
+    if external_data is None:
+        external_data = initializer_bytes(model) > EXTERNAL_DATA_THRESHOLD
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise ModelError(f"expected a writable folder for {path}, found {error.strerror}") from error
+    try:
+        staged = folder / path.name
+        if external_data:
+            ir.save(
+                model, staged, external_data=f"{path.name}.data", size_threshold_bytes=_EXTERNAL_TENSOR_BYTES
+            )
+        else:
+            ir.save(model, staged)
+        yield staged
+        # The weights first: a model file never refers to data that is not there.
+        for file in sorted(folder.iterdir(), key=lambda file: file == staged):
+            os.replace(file, path.parent / file.name)
+        if not external_data:
+            Path(f"{path}.data").unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def initializer_bytes(model: ir.Model) -> int:
+    """Bytes of all weights of the main graph."""
+    return sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
+    )

@@ -1,0 +1,124 @@
+"""What is inside an ONNX model: lookup layers, sizes, cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lmkan_deploy.converters.model_file import initializer_bytes, load_model
+from lmkan_deploy.converters.onnx_function import is_lookup
+from lmkan_deploy.spec import DOMAIN, OP_TYPE
+
+
+@dataclass(frozen=True)
+class LookupLayer:
+    """One `LMKAN2D` node.
+
+    Attributes:
+        name: Name of the node.
+        num_inputs: N_in.
+        num_outputs: N_out.
+        num_grids: G.
+        table_dtype: Element type of the table.
+        parameters: Number of table entries.
+        table_bytes: Their size.
+        multiply_adds: Multiply-adds a row: 4 for each pair and output.
+    """
+
+    name: str
+    num_inputs: int
+    num_outputs: int
+    num_grids: int
+    table_dtype: str
+    parameters: int
+    table_bytes: int
+    multiply_adds: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Summary of a model.
+
+    Attributes:
+        path: The file.
+        file_bytes: Its size with its external data.
+        inputs: Name, type and shape of each.
+        outputs: Name, type and shape of each.
+        opsets: Domain -> version; the standard operators' domain is "ai.onnx".
+        ir_version: Version of the file format.
+        has_function: Whether the file carries the operator's function.
+        layers: The lookup layers, in the graph's order.
+        other_nodes: Operator type -> number of nodes, for all others.
+        weight_bytes: Size of all weights.
+        metadata: What the exporter wrote about the model's origin.
+    """
+
+    path: str
+    file_bytes: int
+    inputs: list[str]
+    outputs: list[str]
+    opsets: dict[str, int]
+    ir_version: int
+    has_function: bool
+    layers: list[LookupLayer]
+    other_nodes: dict[str, int]
+    weight_bytes: int
+    metadata: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain types."""
+        return asdict(self)
+
+
+def inspect_model(path: str | Path) -> ModelInfo:
+    """Reads a model's structure; weights are not read.
+
+    Raises:
+        ModelError: The file is not an ONNX model.
+    """
+    path = Path(path)
+    model = load_model(path)
+    nodes = list(model.graph.all_nodes())
+    files = [path, Path(f"{path}.data")]
+    return ModelInfo(
+        path=str(path),
+        file_bytes=sum(file.stat().st_size for file in files if file.is_file()),
+        inputs=[_describe(value) for value in model.graph.inputs],
+        outputs=[_describe(value) for value in model.graph.outputs],
+        opsets={domain or "ai.onnx": version for domain, version in model.opset_imports.items()},
+        ir_version=model.ir_version,
+        has_function=(DOMAIN, OP_TYPE, "") in model.functions,
+        layers=[layer for node in nodes if is_lookup(node) and (layer := _layer(node)) is not None],
+        other_nodes=dict(Counter(node.op_type for node in nodes if not is_lookup(node)).most_common()),
+        weight_bytes=initializer_bytes(model),
+        metadata=dict(model.metadata_props),
+    )
+
+
+def _layer(node: ir.Node) -> LookupLayer | None:
+    table = node.inputs[1]
+    if table is None or table.shape is None or not all(isinstance(size, int) for size in table.shape):
+        return None
+    num_pairs, points, _, num_outputs = (int(size) for size in table.shape)  # type: ignore[arg-type]
+    dtype = table.dtype or ir.DataType.FLOAT
+    parameters = num_pairs * points * points * num_outputs
+    return LookupLayer(
+        name=node.name or "",
+        num_inputs=2 * num_pairs,
+        num_outputs=num_outputs,
+        num_grids=points - 1,
+        table_dtype=str(dtype).lower().removeprefix("datatype."),
+        parameters=parameters,
+        table_bytes=int(parameters * dtype.itemsize),
+        multiply_adds=4 * num_pairs * num_outputs,
+    )
+
+
+def _describe(value: ir.Value) -> str:
+    shape = "?" if value.shape is None else ", ".join(str(size) for size in value.shape)
+    dtype = "?" if value.dtype is None else str(value.dtype).lower().removeprefix("datatype.")
+    return f"{value.name} {dtype}[{shape}]"

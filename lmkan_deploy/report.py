@@ -1,0 +1,119 @@
+"""What the command line prints for people."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lmkan_deploy.api import ExportResult
+from lmkan_deploy.inspection import ModelInfo
+from lmkan_deploy.verification import Comparison, Verification
+
+_console = Console(highlight=False)
+
+
+def print_export(result: ExportResult) -> None:
+    """The outcome of an export."""
+    info = result.info
+    _console.print(f"[bold]{result.path}[/]  {_bytes(info.file_bytes)}, from a {result.kind}")
+    _print_layers(info)
+    for note in result.notes:
+        _console.print(f"note: {note}")
+    if result.verification is None:
+        _console.print("not verified")
+        return
+    worst: dict[str, float] = {}
+    for comparison in result.verification.comparisons:
+        worst[comparison.runner] = max(worst.get(comparison.runner, 0.0), comparison.max_rel)
+    for runner, error in worst.items():
+        _console.print(f"[green]verified[/] {runner} against PyTorch: largest relative error {error:.1e}")
+
+
+def print_verification(result: Verification) -> None:
+    """All comparisons, and the first bad element of each that failed."""
+    table = Table(title=f"against {result.reference}", title_justify="left")
+    for name in ("runtime", "inputs", "output"):
+        table.add_column(name)
+    for name in ("elements", "max abs", "p99 abs", "median abs", "max rel", "allowed"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for c in result.comparisons:
+        verdict = Text("ok", "green") if c.passed else Text("FAILED", "bold red")
+        if c.problem is not None:
+            table.add_row(c.runner, c.case, c.output, "", "", "", "", "", "", verdict)
+            continue
+        errors = (f"{e:.1e}" for e in (c.max_abs, c.p99_abs, c.p50_abs, c.max_rel, c.rtol))
+        table.add_row(c.runner, c.case, c.output, f"{c.elements:,}", *errors, verdict)
+    _console.print(table)
+    for c in result.comparisons:
+        if not c.passed:
+            _console.print(f"[red]{c.runner}, {c.case}:[/] {_failure(c)}")
+
+
+def _failure(comparison: Comparison) -> str:
+    if comparison.problem is not None:
+        return comparison.problem
+    assert comparison.first_bad_values is not None
+    expected, found = comparison.first_bad_values
+    index = ", ".join(map(str, comparison.first_bad or ()))
+    return f"first bad element {comparison.output}\\[{index}]: expected {expected:.9g}, found {found:.9g}"
+
+
+def print_model(info: ModelInfo) -> None:
+    """Everything that `inspect` knows."""
+    _console.print(f"[bold]{info.path}[/]  {_bytes(info.file_bytes)}, {_bytes(info.weight_bytes)} of weights")
+    opsets = ", ".join(f"{domain} {version}" for domain, version in info.opsets.items())
+    other = ", ".join(f"{count} {kind}" for kind, count in info.other_nodes.items())
+    rows = {
+        "inputs": "; ".join(info.inputs),
+        "outputs": "; ".join(info.outputs),
+        "opsets": f"{opsets}; IR version {info.ir_version}",
+        "function": "present: runs in every ONNX runtime" if info.has_function else "absent: needs the custom op",
+        "other nodes": other or "none",
+    }
+    grid = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        grid.add_row(Text(name, "dim"), Text(value))
+    for key, value in info.metadata.items():
+        grid.add_row(Text(key.removeprefix("lmkan_deploy."), "dim"), Text(value))
+    _console.print(grid)
+    _print_layers(info)
+
+
+def _print_layers(info: ModelInfo) -> None:
+    table = Table()
+    table.add_column("lookup layer")
+    for name in ("N_in", "N_out", "G", "parameters", "table", "multiply-adds/row"):
+        table.add_column(name, justify="right")
+    for layer in info.layers:
+        table.add_row(
+            layer.name,
+            str(layer.num_inputs),
+            str(layer.num_outputs),
+            str(layer.num_grids),
+            f"{layer.parameters:,}",
+            f"{_bytes(layer.table_bytes)} {layer.table_dtype}",
+            f"{layer.multiply_adds:,}",
+        )
+    if len(info.layers) > 1:
+        table.add_section()
+        table.add_row(
+            "total",
+            "",
+            "",
+            "",
+            f"{sum(layer.parameters for layer in info.layers):,}",
+            _bytes(sum(layer.table_bytes for layer in info.layers)),
+            f"{sum(layer.multiply_adds for layer in info.layers):,}",
+        )
+    _console.print(table if info.layers else "no lookup layers")
+
+
+def _bytes(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "KB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"

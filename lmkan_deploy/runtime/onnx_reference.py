@@ -1,0 +1,50 @@
+"""onnx's ReferenceEvaluator: slow, and independent of every runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.reference
+from numpy.typing import NDArray
+
+from lmkan_deploy.converters.model_file import load_model
+from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs
+
+
+class OnnxReferenceRunner:
+    """Evaluates a model's nodes in NumPy; an `LMKAN2D` node through the function that the file carries.
+
+    Args:
+        path: An ONNX file.
+
+    Raises:
+        ModelError: The file can't be read.
+    """
+
+    name = "onnx-reference"
+
+    def __init__(self, path: Path) -> None:
+        load_model(path)  # for its checks
+        model = onnx.load(path)
+        self._evaluator = onnx.reference.ReferenceEvaluator(model)
+        self.inputs = [_spec(value) for value in model.graph.input]
+        self.outputs = [_spec(value) for value in model.graph.output]
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
+        """See `Runner.run`."""
+        check_inputs(self.inputs, feeds)
+        with np.errstate(all="ignore"):
+            results = self._evaluator.run(None, dict(feeds))
+        return {spec.name: np.asarray(array) for spec, array in zip(self.outputs, results, strict=True)}
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    shape = tuple(
+        dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in tensor.shape.dim
+    )
+    return TensorSpec(value.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name)

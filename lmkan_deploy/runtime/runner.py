@@ -1,0 +1,73 @@
+"""One interface over every way to run a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+from numpy.typing import NDArray
+
+from lmkan_deploy.errors import ModelError
+from lmkan_deploy.runtime.tensors import Arrays, TensorSpec
+
+RuntimeName = Literal["onnxruntime", "onnxruntime-function", "onnx-reference"]
+"""``onnxruntime``: compiled operators; ``onnxruntime-function``: the function that the file carries, as in a
+process without the library; ``onnx-reference``: onnx's evaluator in NumPy (slow)."""
+
+
+class Runner(Protocol):
+    """A loaded model. Safe to call from several threads."""
+
+    @property
+    def name(self) -> str:
+        """What runs, for reports."""
+        ...
+
+    @property
+    def inputs(self) -> Sequence[TensorSpec]:
+        """Expected inputs, in the model's order."""
+        ...
+
+    @property
+    def outputs(self) -> Sequence[TensorSpec]:
+        """Outputs, in the model's order."""
+        ...
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
+        """Runs the model once.
+
+        Args:
+            feeds: Every input by name.
+
+        Returns:
+            Every output by name.
+
+        Raises:
+            InputError: The arrays don't fit the inputs.
+        """
+        ...
+
+
+def load_runner(model: str | Path, runtime: RuntimeName = "onnxruntime", *, threads: int | None = None) -> Runner:
+    """Loads a model file.
+
+    Args:
+        model: An ONNX file.
+        runtime: What to run it with; see `RuntimeName`.
+        threads: Threads of one call; None leaves the choice to the runtime.
+
+    Raises:
+        ModelError: The file can't be read, or the runtime refuses it.
+        LibraryError: The native library is missing or of another release.
+    """
+    path = Path(model)
+    if runtime == "onnx-reference":
+        from lmkan_deploy.runtime.onnx_reference import OnnxReferenceRunner
+
+        return OnnxReferenceRunner(path)
+    if runtime in ("onnxruntime", "onnxruntime-function"):
+        from lmkan_deploy.runtime.onnxruntime import OnnxRuntimeRunner
+
+        return OnnxRuntimeRunner(path, custom_ops=runtime == "onnxruntime", threads=threads)
+    raise ModelError(f"expected a runtime of {', '.join(get_args(RuntimeName))}, found {runtime!r}")

@@ -1,0 +1,96 @@
+"""What a model's inputs and outputs look like, and checks of arrays against it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmkan_deploy.errors import InputError
+
+Arrays = dict[str, NDArray[Any]]
+"""Tensors by name."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and element type of an input or output.
+
+    Attributes:
+        name: As in the model.
+        shape: A number where a size is fixed; a name or None where it is free.
+        dtype: NumPy's name of the type, or "bfloat16".
+    """
+
+    name: str
+    shape: tuple[int | str | None, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}[{', '.join('?' if d is None else str(d) for d in self.shape)}]"
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """NumPy dtype of a name; "bfloat16" is ml_dtypes's."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def check_inputs(specs: Sequence[TensorSpec], feeds: Mapping[str, NDArray[Any]]) -> None:
+    """Checks that arrays fit a model's inputs.
+
+    Raises:
+        InputError: An input is missing or unknown, or has another rank, size or dtype than expected.
+    """
+    expected, found = [spec.name for spec in specs], list(feeds)
+    if sorted(expected) != sorted(found):
+        raise InputError(f"expected the inputs {', '.join(expected)}, found {', '.join(found) or 'none'}")
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        array = feeds[spec.name]
+        if array.dtype != numpy_dtype(spec.dtype):
+            raise InputError(
+                f"expected input {spec}, found {array.dtype}; convert it with x.astype({spec.dtype!r})"
+            )
+        fits = array.ndim == len(spec.shape) and all(
+            _fits(expected_size, size, sizes)
+            for expected_size, size in zip(spec.shape, array.shape, strict=True)
+        )
+        if not fits:
+            raise InputError(f"expected input {spec}, found shape {list(array.shape)}")
+
+
+def _fits(expected: int | str | None, size: int, sizes: dict[str, int]) -> bool:
+    if expected is None:
+        return True
+    if isinstance(expected, str):  # the same name means the same size
+        return sizes.setdefault(expected, size) == size
+    return expected == size
+
+
+def random_inputs(
+    specs: Sequence[TensorSpec], sizes: Mapping[str | None, int], rng: np.random.Generator
+) -> Arrays:
+    """Standard normal floats (zeros and ones for other types) of the inputs' shapes.
+
+    Args:
+        specs: Inputs of a model.
+        sizes: Size of each free axis by name; `None` is the default for all others.
+        rng: Source of randomness.
+    """
+    result: Arrays = {}
+    for spec in specs:
+        shape = [
+            d if isinstance(d, int) else sizes.get(d, sizes[None]) for d in spec.shape
+        ]
+        if spec.dtype in ("bool", "int64", "int32", "int16", "int8", "uint8"):
+            result[spec.name] = rng.integers(0, 2, shape).astype(numpy_dtype(spec.dtype))
+        else:
+            result[spec.name] = rng.standard_normal(shape).astype(numpy_dtype(spec.dtype))
+    return result

@@ -1,0 +1,205 @@
+"""Comparison of runtimes: does the exported model give the answers of the original?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmkan_deploy.errors import InputError
+from lmkan_deploy.runtime.runner import Runner
+from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs, random_inputs
+
+DEFAULT_RTOL = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""Allowed relative error by the narrower type of the two outputs.
+
+A layer's own float32 rounding is about 1e-6; networks amplify it by the slopes of their functions.
+"""
+
+BATCH_SIZES = (1, 2, 7, 64)
+"""Sizes of the free axes of random inputs."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output of one runner against the reference, over one set of inputs.
+
+    An element passes when |actual - expected| <= rtol * (|expected| + rms), where rms is the root mean
+    square of the expected output over all cases: small elements of a large output need not be accurate to
+    their own size, and a case of few rows may hold nothing but small ones.
+
+    Attributes:
+        runner: What ran.
+        case: Which inputs.
+        output: Name of the output.
+        elements: Number compared.
+        max_abs: Largest absolute error.
+        max_rel: Largest error relative to |expected| + rms.
+        p50_abs: Median absolute error.
+        p99_abs: 99th percentile of the absolute error.
+        rtol: Allowed relative error.
+        first_bad: Index of the first element that fails, None when all pass.
+        first_bad_values: Expected and actual value there.
+        problem: Why nothing could be compared, None when it could.
+    """
+
+    runner: str
+    case: str
+    output: str
+    elements: int = 0
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    p50_abs: float = 0.0
+    p99_abs: float = 0.0
+    rtol: float = 0.0
+    first_bad: tuple[int, ...] | None = None
+    first_bad_values: tuple[float, float] | None = None
+    problem: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether all elements are within the tolerance."""
+        return self.first_bad is None and self.problem is None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All comparisons of one call.
+
+    Attributes:
+        reference: What the runners were compared with.
+        comparisons: One for each runner, case and output.
+    """
+
+    reference: str
+    comparisons: list[Comparison]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison passed, and there was at least one."""
+        return bool(self.comparisons) and all(comparison.passed for comparison in self.comparisons)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain types."""
+        comparisons = [asdict(c) | {"passed": c.passed} for c in self.comparisons]
+        return {"reference": self.reference, "passed": self.passed, "comparisons": comparisons}
+
+
+def random_cases(
+    specs: Sequence[TensorSpec], *, sizes: Sequence[int] = BATCH_SIZES, seed: int = 0
+) -> dict[str, Arrays]:
+    """Random inputs for every size of the free axes; one case where no axis is free."""
+    rng = np.random.default_rng(seed)
+    is_free = any(not isinstance(size, int) for spec in specs for size in spec.shape)
+    return {
+        f"random, batch {size}" if is_free else "random": random_inputs(specs, {None: size}, rng)
+        for size in (sizes if is_free else sizes[:1])
+    }
+
+
+def verify_runners(
+    reference: Runner | Mapping[str, Arrays],
+    runners: Sequence[Runner],
+    cases: Mapping[str, Arrays],
+    *,
+    rtol: float | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Verification:
+    """Runs every runner on every case and compares it with the reference.
+
+    Args:
+        reference: A runner, or its stored outputs by case.
+        runners: What to verify.
+        cases: Inputs by the name of their case.
+        rtol: Allowed relative error; None takes `DEFAULT_RTOL` of the outputs' type.
+        progress: Called with a line before each run.
+
+    Returns:
+        The comparisons; a runner that fails on a case yields one with a `problem`.
+
+    Raises:
+        InputError: The reference itself does not take a case.
+    """
+    comparisons: list[Comparison] = []
+    expected = _expected(reference, cases, progress)
+    scales = _root_mean_squares(expected)
+    for case, feeds in cases.items():
+        for runner in runners:
+            progress(f"{runner.name}: {case}")
+            try:
+                check_inputs(runner.inputs, feeds)
+                actual = runner.run(feeds)
+            except InputError as error:
+                comparisons.append(Comparison(runner.name, case, "", problem=str(error)))
+                continue
+            for output, want in expected[case].items():
+                base = Comparison(runner.name, case, output)
+                comparisons.append(_compare(base, want, actual, scales[output], rtol))
+    name = "stored outputs" if isinstance(reference, Mapping) else reference.name
+    return Verification(name, comparisons)
+
+
+def _expected(
+    reference: Runner | Mapping[str, Arrays], cases: Mapping[str, Arrays], progress: Callable[[str], None]
+) -> Mapping[str, Arrays]:
+    if isinstance(reference, Mapping):
+        return reference
+    result = {}
+    for case, feeds in cases.items():
+        progress(f"{reference.name}: {case}")
+        result[case] = reference.run(feeds)
+    return result
+
+
+def _root_mean_squares(expected: Mapping[str, Arrays]) -> dict[str, float]:
+    """Root mean square of each output's finite elements over all cases."""
+    total: dict[str, tuple[float, int]] = {}
+    for outputs in expected.values():
+        for name, array in outputs.items():
+            values = array.astype(np.float64)
+            values = values[np.isfinite(values)]
+            squares, count = total.get(name, (0.0, 0))
+            total[name] = (squares + float(np.square(values).sum()), count + values.size)
+    return {name: np.sqrt(squares / count) if count else 0.0 for name, (squares, count) in total.items()}
+
+
+def _compare(
+    base: Comparison, want: NDArray[Any], actual: Arrays, rms: float, rtol: float | None
+) -> Comparison:
+    if base.output not in actual:
+        return replace(base, problem=f"expected an output {base.output}, found {', '.join(actual)}")
+    got = actual[base.output]
+    if want.shape != got.shape:
+        return replace(base, problem=f"expected shape {list(want.shape)}, found {list(got.shape)}")
+    if rtol is None:
+        rtol = max(DEFAULT_RTOL.get(array.dtype.name, 0.0) for array in (want, got))
+    return _statistics(replace(base, rtol=rtol), want, got, rms)
+
+
+def _statistics(base: Comparison, want: NDArray[Any], got: NDArray[Any], rms: float) -> Comparison:
+    if want.size == 0:
+        return base
+    with np.errstate(invalid="ignore", over="ignore"):
+        want, got = want.astype(np.float64), got.astype(np.float64)
+        finite = np.isfinite(want)
+        error = np.abs(got - want)
+        # Values that are not finite pass when both sides have one.
+        error = np.where(~finite & ~np.isfinite(got), 0.0, error)
+        error = np.where(np.isfinite(error), error, np.inf)
+        scale = np.where(finite, np.abs(want), 0.0) + rms
+        relative = np.divide(error, scale, out=np.where(error > 0, np.inf, 0.0), where=scale > 0)
+    bad = np.argwhere(relative > base.rtol)
+    first = tuple(int(i) for i in bad[0]) if len(bad) else None
+    return replace(
+        base,
+        elements=want.size,
+        max_abs=float(error.max()),
+        max_rel=float(relative.max()),
+        p50_abs=float(np.quantile(error, 0.5)),
+        p99_abs=float(np.quantile(error, 0.99)),
+        first_bad=first,
+        first_bad_values=None if first is None else (float(want[first]), float(got[first])),
+    )

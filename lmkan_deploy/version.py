@@ -1,0 +1,3 @@
+"""The release; CMake reads it from here too."""
+
+__version__ = "0.1.0"

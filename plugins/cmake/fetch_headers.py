@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Puts the headers of a runtime, which no Python package of it ships, into the user's cache.
+
+Prints the folder that holds them. A pinned package is downloaded by its registry's own client, its
+hash is checked, only the headers are kept, and the folder appears complete or not at all.
+
+Usage: fetch_headers.py onnxruntime
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+
+@dataclass(frozen=True)
+class HeaderPackage:
+    """A registry package that contains a runtime's headers.
+
+    Attributes:
+        package: Package name and version as its client takes it.
+        command: Client call that downloads the archive into the current folder.
+        sha256: Hash of the archive.
+        folder: Folder of the headers inside the archive.
+    """
+
+    package: str
+    command: tuple[str, ...]
+    sha256: str
+    folder: str
+
+
+PACKAGES = {
+    "onnxruntime": HeaderPackage(
+        package="com.github.asus4.onnxruntime@0.4.9",
+        command=("npm", "pack", "--silent", "com.github.asus4.onnxruntime@0.4.9"),
+        sha256="e59788788818fdde1b2e522e766a21ba0f7d8391de55737abf81e32cc801785d",
+        folder="package/Plugins/iOS~/onnxruntime.xcframework/ios-arm64/onnxruntime.framework/Headers",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "lmkan-deploy" / "headers"
+
+
+def extract_headers(archive: Path, folder: str, target: Path) -> int:
+    """Copies the regular files directly in `folder` of the archive to `target`; returns their number."""
+    count = 0
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name = PurePosixPath(member.name)
+            if member.isfile() and str(name.parent) == folder:
+                source = tar.extractfile(member)
+                assert source is not None
+                (target / name.name).write_bytes(source.read())
+                count += 1
+    return count
+
+
+def fetch(package: HeaderPackage, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        print(f"downloading {package.package} for its headers", file=sys.stderr)
+        subprocess.run(package.command, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
+        archives = list(Path(scratch).iterdir())
+        if len(archives) != 1:
+            raise SystemExit(f"expected one archive from {package.command}, found {archives}")
+        found = hashlib.sha256(archives[0].read_bytes()).hexdigest()
+        if found != package.sha256:
+            raise SystemExit(f"{package.package}: expected sha256 {package.sha256}, found {found}")
+        headers = Path(scratch) / "headers"
+        headers.mkdir()
+        if extract_headers(archives[0], package.folder, headers) == 0:
+            raise SystemExit(f"{package.package}: expected headers in {package.folder}, found none")
+        try:
+            headers.rename(target)
+        except OSError:  # another build was faster
+            if not target.is_dir():
+                raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runtime", choices=sorted(PACKAGES))
+    package = PACKAGES[parser.parse_args().runtime]
+    target = cache_folder() / package.package.replace("/", "-")
+    if not target.is_dir():
+        fetch(package, target)
+    print(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+// Checks a table description and lays the table out for the kernels.
+#include "table.h"
+
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+#include <new>
+#include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "status.h"
+
+using lmkan::cpu::AllocateAligned;
+using lmkan::cpu::Block;
+using lmkan::cpu::Fail;
+using lmkan::cpu::KernelSet;
+using lmkan::cpu::Message;
+
+namespace lmkan::cpu {
+
+void* AllocateAligned(size_t bytes) {
+  constexpr size_t kHugePage = size_t{2} << 20;
+  const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
+  if (bytes > std::numeric_limits<size_t>::max() - alignment) return nullptr;
+  const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+  void* memory = std::aligned_alloc(alignment, rounded == 0 ? alignment : rounded);
+  if (memory == nullptr) return nullptr;
+#if defined(__linux__)
+  if (alignment == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);
+#endif
+  std::memset(memory, 0, rounded);
+  return memory;
+}
+
+namespace {
+
+size_t ElementSize(lmkan_dtype dtype) { return dtype == LMKAN_FLOAT32 ? 4 : 2; }
+
+#if defined(LMKAN_HAVE_X86_KERNELS)
+bool HasAvx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool HasAvx512() {
+  return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// The kernels for a request, null when the processor lacks them.
+const KernelSet* SelectKernels(lmkan_isa isa, int64_t num_outputs) {
+  switch (isa) {
+    case LMKAN_ISA_PORTABLE:
+      return &kPortableKernels;
+#if defined(LMKAN_HAVE_X86_KERNELS)
+    case LMKAN_ISA_AVX2:
+      return HasAvx2() ? &kAvx2Kernels : nullptr;
+    case LMKAN_ISA_AVX512:
+      return HasAvx512() ? &kAvx512Kernels : nullptr;
+    case LMKAN_ISA_AUTO:
+      // A vector of 16 would be more than half padding for 8 outputs and fewer.
+      if (HasAvx512() && num_outputs > kAvx2Kernels.lanes) return &kAvx512Kernels;
+      return HasAvx2() ? &kAvx2Kernels : &kPortableKernels;
+#else
+    case LMKAN_ISA_AUTO:
+      return &kPortableKernels;
+#endif
+    default:
+      return nullptr;
+  }
+}
+
+// σ⁻¹(level) for the grid's σ(x) = ½·e^x (x ≤ 0), 1 − ½·e^−x (x > 0).
+double InverseSigma(double level) {
+  return level <= 0.5 ? std::log(2.0 * level) : -std::log(2.0 * (1.0 - level));
+}
+
+// Points and inverse cell widths in float32, rounded once from float64.
+void FillGrid(int64_t num_grids, float* points, float* inverse_widths) {
+  const auto inner = [num_grids](int64_t i) {
+    return InverseSigma(static_cast<double>(i) / static_cast<double>(num_grids));
+  };
+  const auto point = [&](int64_t i) {
+    if (i == 0) return 2.0 * inner(1) - inner(2);
+    if (i == num_grids) return 2.0 * inner(num_grids - 1) - inner(num_grids - 2);
+    return inner(i);
+  };
+  for (int64_t i = 0; i <= num_grids; ++i) points[i] = static_cast<float>(point(i));
+  for (int64_t i = 0; i < num_grids; ++i) {
+    inverse_widths[i] = static_cast<float>(1.0 / (point(i + 1) - point(i)));
+  }
+}
+
+lmkan_status CheckDesc(const lmkan_table_desc* desc, const Message& message) {
+  if (desc == nullptr || desc->data == nullptr) {
+    return Fail(LMKAN_INVALID_ARGUMENT, message, "expected a table, found a null pointer");
+  }
+  if (desc->dtype < LMKAN_FLOAT32 || desc->dtype > LMKAN_BFLOAT16) {
+    return Fail(LMKAN_INVALID_ARGUMENT, message,
+                "expected a table of float32 (0), float16 (1) or bfloat16 (2), found dtype %d",
+                static_cast<int>(desc->dtype));
+  }
+  if (desc->num_pairs < 1 || desc->num_outputs < 1) {
+    return Fail(LMKAN_INVALID_ARGUMENT, message,
+                "expected at least 1 pair and 1 output, found %lld pairs and %lld outputs",
+                static_cast<long long>(desc->num_pairs), static_cast<long long>(desc->num_outputs));
+  }
+  // A cell index must fit 32 bits.
+  constexpr int64_t kMostGrids = 46339;
+  if (desc->num_grids < 3 || desc->num_grids > kMostGrids) {
+    return Fail(LMKAN_INVALID_ARGUMENT, message, "expected 3 to %lld grid cells an axis, found %lld",
+                static_cast<long long>(kMostGrids), static_cast<long long>(desc->num_grids));
+  }
+  return LMKAN_OK;
+}
+
+// Bytes of the packed table, or 0 when the number does not fit 63 bits.
+size_t PackedBytes(const lmkan_cpu_table& table) {
+  const Block last = table.block(table.num_blocks - 1);
+  const int64_t padded_outputs = last.first_output + last.width;
+  int64_t bytes = static_cast<int64_t>(ElementSize(table.dtype));
+  for (const int64_t factor : {table.num_pairs, table.num_cells(), padded_outputs}) {
+    if (__builtin_mul_overflow(bytes, factor, &bytes)) return 0;
+  }
+  return static_cast<size_t>(bytes);
+}
+
+void Pack(const lmkan_cpu_table& table, const char* from, char* to) {
+  const size_t element = ElementSize(table.dtype);
+  for (int64_t b = 0; b < table.num_blocks; ++b) {
+    const Block block = table.block(b);
+    char* row = to + block.offset * element;
+    const char* source = from + block.first_output * element;
+    for (int64_t i = 0; i < table.num_pairs * table.num_cells(); ++i) {
+      std::memcpy(row, source, block.outputs * element);
+      row += block.width * element;
+      source += table.num_outputs * element;
+    }
+  }
+}
+
+lmkan_status Create(const lmkan_table_desc* desc, lmkan_ownership ownership, lmkan_isa isa,
+                    std::unique_ptr<lmkan_cpu_table>* result, const Message& message) {
+  if (const lmkan_status status = CheckDesc(desc, message); status != LMKAN_OK) return status;
+  const KernelSet* kernels = SelectKernels(isa, desc->num_outputs);
+  if (kernels == nullptr) {
+    return Fail(LMKAN_UNSUPPORTED, message, "this processor or build has no instruction set %d",
+                static_cast<int>(isa));
+  }
+  auto table = std::unique_ptr<lmkan_cpu_table>(new (std::nothrow) lmkan_cpu_table);
+  if (table == nullptr) return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for a table handle");
+  table->kernels = kernels;
+  table->dtype = desc->dtype;
+  table->num_pairs = desc->num_pairs;
+  table->num_grids = desc->num_grids;
+  table->num_outputs = desc->num_outputs;
+  table->num_blocks = (desc->num_outputs + kMaxBlockOutputs - 1) / kMaxBlockOutputs;
+
+  const size_t axis = static_cast<size_t>(desc->num_grids) + 1;
+  table->grid_points.reset(static_cast<float*>(AllocateAligned(axis * sizeof(float))));
+  table->inverse_widths.reset(static_cast<float*>(AllocateAligned(axis * sizeof(float))));
+  if (table->grid_points == nullptr || table->inverse_widths == nullptr) {
+    return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for a grid of %zu points", axis);
+  }
+  FillGrid(desc->num_grids, table->grid_points.get(), table->inverse_widths.get());
+
+  // A partial vector at the end of a borrowed row would read past the table.
+  table->packed = ownership == LMKAN_COPY || desc->num_outputs % kernels->lanes != 0;
+  const size_t bytes = PackedBytes(*table);
+  if (bytes == 0) {
+    return Fail(LMKAN_INVALID_ARGUMENT, message,
+                "expected a table of less than 2^63 bytes, found %lld pairs of %lld cells and "
+                "%lld outputs",
+                static_cast<long long>(desc->num_pairs), static_cast<long long>(table->num_cells()),
+                static_cast<long long>(desc->num_outputs));
+  }
+  table->data = desc->data;
+  if (table->packed) {
+    table->storage.reset(AllocateAligned(bytes));
+    if (table->storage == nullptr) {
+      return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for a table of %zu bytes", bytes);
+    }
+    Pack(*table, static_cast<const char*>(desc->data), static_cast<char*>(table->storage.get()));
+    table->data = table->storage.get();
+  }
+  *result = std::move(table);
+  return LMKAN_OK;
+}
+
+}  // namespace
+}  // namespace lmkan::cpu
+
+Block lmkan_cpu_table::block(int64_t index) const {
+  using lmkan::cpu::kMaxBlockOutputs;
+  Block block;
+  block.first_output = index * kMaxBlockOutputs;
+  const int64_t left = num_outputs - block.first_output;
+  block.outputs = left < kMaxBlockOutputs ? left : kMaxBlockOutputs;
+  block.width = (block.outputs + kernels->lanes - 1) / kernels->lanes * kernels->lanes;
+  block.cell_stride = packed ? block.width : num_outputs;
+  block.pair_stride = num_cells() * block.cell_stride;
+  block.offset = packed ? block.first_output * num_pairs * num_cells() : block.first_output;
+  return block;
+}
+
+lmkan_status lmkan_cpu_table_create(const lmkan_table_desc* desc, lmkan_ownership ownership,
+                                    lmkan_isa isa, lmkan_cpu_table** table, char* message,
+                                    size_t message_size) {
+  const Message out{message, message_size};
+  if (table == nullptr) {
+    return Fail(LMKAN_INVALID_ARGUMENT, out, "expected a place for the handle, found a null pointer");
+  }
+  *table = nullptr;
+  std::unique_ptr<lmkan_cpu_table> result;
+  const lmkan_status status = lmkan::cpu::Create(desc, ownership, isa, &result, out);
+  *table = result.release();
+  return status;
+}
+
+void lmkan_cpu_table_destroy(lmkan_cpu_table* table) { delete table; }
+
+const char* lmkan_cpu_table_isa(const lmkan_cpu_table* table) {
+  return table == nullptr ? "" : table->kernels->name;
+}

@@ -1,0 +1,60 @@
+// A lookup table laid out for the CPU kernels.
+#ifndef LMKAN_KERNELS_CPU_TABLE_H_
+#define LMKAN_KERNELS_CPU_TABLE_H_
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#include "kernel.h"
+#include "lmkan/lookup2d.h"
+
+namespace lmkan::cpu {
+
+struct FreeMemory {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+template <class T>
+using Buffer = std::unique_ptr<T, FreeMemory>;
+
+// Zero-filled, aligned to cache lines; large ones ask for huge pages, because lookups are random
+// accesses. Null when there is no memory.
+void* AllocateAligned(size_t bytes);
+
+// Neighbouring outputs that one accumulate call handles.
+struct Block {
+  int64_t first_output;
+  int64_t outputs;        // that exist
+  int64_t width;          // rounded up to whole vectors
+  int64_t offset;         // elements from the table's start to the block's first corner
+  int64_t pair_stride;    // elements
+  int64_t cell_stride;    // elements
+};
+
+}  // namespace lmkan::cpu
+
+// The handle of the C interface. A copied table is stored block by block, [block][pair][cell][width]:
+// one pair of a block is contiguous, so it occupies all sets of a cache evenly, which rows of a power
+// of two outputs would not.
+struct lmkan_cpu_table {
+  const lmkan::cpu::KernelSet* kernels = nullptr;
+  lmkan_dtype dtype = LMKAN_FLOAT32;
+  int64_t num_pairs = 0;
+  int64_t num_grids = 0;
+  int64_t num_outputs = 0;
+  int64_t num_blocks = 0;
+  bool packed = false;
+  const void* data = nullptr;
+  lmkan::cpu::Buffer<void> storage;           // owns data when packed
+  lmkan::cpu::Buffer<float> grid_points;      // num_grids + 1
+  lmkan::cpu::Buffer<float> inverse_widths;   // num_grids
+
+  int64_t num_cells() const { return (num_grids + 1) * (num_grids + 1); }
+  lmkan::cpu::Grid grid() const {
+    return {static_cast<int32_t>(num_grids), grid_points.get(), inverse_widths.get()};
+  }
+  lmkan::cpu::Block block(int64_t index) const;
+};
+
+#endif  // LMKAN_KERNELS_CPU_TABLE_H_
