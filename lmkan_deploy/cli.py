@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from lmkan_deploy.api import Progress
     from lmkan_deploy.checkpoints import Architecture
     from lmkan_deploy.runtime.tensors import Arrays
-    from lmkan_deploy.verification import Verification
 
 app = typer.Typer(
     name="lmkan-deploy",
@@ -272,7 +271,10 @@ def run(
     inputs: Annotated[
         Path,
         typer.Option(
-            "--inputs", "-i", help="Inputs: .npz with an array for each, or .npy for a single one.", show_default=False
+            "--inputs",
+            "-i",
+            help="Inputs: .npz with an array for each, or .npy for a single one.",
+            show_default=False,
         ),
     ],
     output: Annotated[

@@ -90,6 +90,7 @@ class LMKAN2DLayer(nn.Module):
         return hessian_regularization(self.func_parameter, self.borders)
 
     def extra_repr(self) -> str:
+        """For print(module)."""
         return f"num_grids={self.num_grids}, input_dim={self.input_dim}, output_dim={self.output_dim}"
 
 

@@ -60,9 +60,7 @@ def check_shapes(x_shape: tuple[int, ...], table_shape: tuple[int, ...]) -> None
         )
 
 
-def _find_cells(
-    x: NDArray[np.float64], num_grids: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _find_cells(x: NDArray[np.float64], num_grids: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Cell of each value and the position inside it, which leaves 0 ... 1 in the outermost cells."""
     grid = grid_points(num_grids)
     tail = 0.5 * np.exp(-np.abs(x))

@@ -69,7 +69,9 @@ def print_model(info: ModelInfo) -> None:
         "inputs": "; ".join(info.inputs),
         "outputs": "; ".join(info.outputs),
         "opsets": f"{opsets}; IR version {info.ir_version}",
-        "function": "present: runs in every ONNX runtime" if info.has_function else "absent: needs the custom op",
+        "function": "present: runs in every ONNX runtime"
+        if info.has_function
+        else "absent: needs the custom op",
         "other nodes": other or "none",
     }
     grid = Table.grid(padding=(0, 2))

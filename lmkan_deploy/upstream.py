@@ -92,5 +92,5 @@ def _is_upstream_layer(module: nn.Module) -> bool:
 
 def _replacement(layer: nn.Module) -> LMKAN2DLayer:
     twin = LMKAN2DLayer.__new__(LMKAN2DLayer)
-    twin.__setstate__(dict(layer.__dict__))
+    twin.__setstate__(dict(layer.__dict__))  # type: ignore[no-untyped-call]
     return twin

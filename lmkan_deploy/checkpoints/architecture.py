@@ -100,7 +100,7 @@ class Architecture:
             raise CheckpointError(
                 f"could not import {module_name!r}: {type(error).__name__}: {error}{hint}"
             ) from error
-        factory = module
+        factory: Any = module
         for part in name.split("."):
             factory = getattr(factory, part, None)
         if not callable(factory):

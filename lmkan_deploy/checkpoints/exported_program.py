@@ -48,10 +48,11 @@ _SAFE_EXPRESSION = (
     ast.boolop,
 )
 
-_SAFE_CALLS = re.compile(r"Symbol|Integer|Rational|Float|Max|Min|Mod|PythonMod|FloorDiv|CleanDiv|CeilDiv|IntTrueDiv"
-                         r"|FloatTrueDiv|ModularIndexing|Where|Eq|Ne|Lt|Le|Gt|Ge|And|Or|Not|Abs|floor|ceiling|Pow"
-                         r"|PowByNatural|FloatPow|TruncToInt|RoundToInt|ToFloat|Identity|OpaqueUnaryFn_[a-z0-9]+"
-                         r"|LShift|RShift|Mul|Add")  # fmt: skip
+_SAFE_CALLS = re.compile(
+    r"Symbol|Integer|Rational|Float|Max|Min|Mod|PythonMod|FloorDiv|CleanDiv|CeilDiv|IntTrueDiv|FloatTrueDiv"
+    r"|ModularIndexing|Where|Eq|Ne|Lt|Le|Gt|Ge|And|Or|Not|Abs|floor|ceiling|Pow|PowByNatural|FloatPow"
+    r"|TruncToInt|RoundToInt|ToFloat|Identity|OpaqueUnaryFn_[a-z0-9]+|LShift|RShift|Mul|Add"
+)
 
 
 def is_exported_program(path: Path) -> bool:
@@ -106,9 +107,7 @@ def _weights_only() -> Iterator[None]:
 def _check_program(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
-            programs = [
-                json.loads(archive.read(name)) for name in archive.namelist() if _is_program(name)
-            ]
+            programs = [json.loads(archive.read(name)) for name in archive.namelist() if _is_program(name)]
     except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"could not read {path} as a torch.export archive: {error}") from error
     for program in programs:

@@ -149,7 +149,9 @@ def _from_content(path: Path, content: Any, architecture: Architecture) -> Check
     if state is None:
         found = f"a {type(content).__name__}"
         if isinstance(content, dict):
-            found += f" with the keys {', '.join(map(repr, list(content)[:5]))}" if content else " without keys"
+            found += (
+                f" with the keys {', '.join(map(repr, list(content)[:5]))}" if content else " without keys"
+            )
         raise CheckpointError(f"expected a state dict or a module in {path}, found {found}")
     if architecture.factory is not None:
         module = architecture.build()

@@ -87,13 +87,17 @@ def _build_layer(index: int, state: dict[str, Tensor]) -> nn.Module:
     names = set(state)
     if names == {"func_parameter", "borders"}:
         layer: nn.Module = _build_lookup(index, state["func_parameter"])
-    elif {"running_mean", "running_var"} <= names <= {
-        "running_mean",
-        "running_var",
-        "num_batches_tracked",
-        "weight",
-        "bias",
-    }:
+    elif (
+        {"running_mean", "running_var"}
+        <= names
+        <= {
+            "running_mean",
+            "running_var",
+            "num_batches_tracked",
+            "weight",
+            "bias",
+        }
+    ):
         layer = nn.BatchNorm1d(state["running_mean"].numel(), affine="weight" in names)
     else:
         raise _not_a_stack(f"found layer {index} with {', '.join(sorted(names))}")
@@ -114,7 +118,7 @@ def _build_lookup(index: int, table: Tensor) -> LMKAN2DLayer:
 def _check_widths(stack: nn.Sequential) -> None:
     width: int | None = None
     for index, layer in enumerate(stack):
-        expected = layer.input_dim if isinstance(layer, LMKAN2DLayer) else layer.num_features
+        expected = int(layer.input_dim if isinstance(layer, LMKAN2DLayer) else layer.num_features)  # type: ignore[arg-type]
         if width is not None and expected != width:
             raise CheckpointError(
                 f"expected layer {index} to take the {width} features of layer {index - 1}, "
@@ -129,4 +133,3 @@ def _not_a_stack(found: str) -> CheckpointError:
         f"BatchNorm1d (keys 0.func_parameter, 1.running_mean, ...); {found}; pass the network's class or "
         "factory with --arch module:factory"
     )
-

@@ -86,5 +86,7 @@ def staged_model(model: ir.Model, path: Path, *, external_data: bool | None = No
 def initializer_bytes(model: ir.Model) -> int:
     """Bytes of all weights of the main graph."""
     return sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
     )

@@ -48,9 +48,7 @@ def to_onnx(module: nn.Module, inputs: Sequence[TensorSpec], *, opset: int = DEF
     Raises:
         ExportError: The network can't be traced, or uses an operator that ONNX lacks.
     """
-    dims = {
-        name: torch.export.Dim(name) for spec in inputs for name in spec.shape if isinstance(name, str)
-    }
+    dims = {name: torch.export.Dim(name) for spec in inputs for name in spec.shape if isinstance(name, str)}
     dynamic = tuple(
         {axis: dims[name] for axis, name in enumerate(spec.shape) if isinstance(name, str)} for spec in inputs
     )
@@ -85,7 +83,7 @@ def program_to_onnx(
                 dynamo=True,
                 opset_version=opset,
                 input_names=[spec.name for spec in inputs],
-                custom_translation_table=translation,
+                custom_translation_table=translation,  # type: ignore[arg-type]
                 verbose=False,
             )
     except Exception as error:  # the exporter wraps whatever its many parts raise
@@ -176,7 +174,8 @@ def _name_lookups(model: ir.Model) -> None:
 
 def _drop_trace_metadata(model: ir.Model) -> None:
     """Removes the exporter's notes, which quote the user's source and paths."""
-    for item in (model, model.graph, *model.graph.all_nodes()):
+    items: list[ir.Model | ir.Graph | ir.Node] = [model, model.graph, *model.graph.all_nodes()]
+    for item in items:
         for key in [key for key in item.metadata_props if key.startswith(("pkg.torch", "namespace"))]:
             del item.metadata_props[key]
     for node in model.graph.all_nodes():

@@ -142,7 +142,7 @@ class CpuTable:
         return int(_library().lmkan_cpu_num_tasks(self._handle, rows, num_threads))
 
     def lookup(self, x: int, y: int, dtype: Dtype, rows: int, *, num_tasks: int = 1) -> None:
-        """Writes y[rows, num_outputs] = lookup(x[rows, 2 * num_pairs]); x and y are addresses.
+        """Writes the outputs of all rows; x is [rows, 2 * num_pairs], y [rows, num_outputs].
 
         Args:
             x: Address of the features, contiguous, of type `dtype`.

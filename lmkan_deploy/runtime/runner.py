@@ -49,7 +49,9 @@ class Runner(Protocol):
         ...
 
 
-def load_runner(model: str | Path, runtime: RuntimeName = "onnxruntime", *, threads: int | None = None) -> Runner:
+def load_runner(
+    model: str | Path, runtime: RuntimeName = "onnxruntime", *, threads: int | None = None
+) -> Runner:
     """Loads a model file.
 
     Args:

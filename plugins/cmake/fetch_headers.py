@@ -46,6 +46,7 @@ PACKAGES = {
 
 
 def cache_folder() -> Path:
+    """The user's cache of headers."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "lmkan-deploy" / "headers"
 
@@ -65,6 +66,7 @@ def extract_headers(archive: Path, folder: str, target: Path) -> int:
 
 
 def fetch(package: HeaderPackage, target: Path) -> None:
+    """Downloads a package and puts its headers into a new folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         print(f"downloading {package.package} for its headers", file=sys.stderr)
@@ -87,6 +89,7 @@ def fetch(package: HeaderPackage, target: Path) -> None:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runtime", choices=sorted(PACKAGES))
     package = PACKAGES[parser.parse_args().runtime]

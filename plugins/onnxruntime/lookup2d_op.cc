@@ -1,4 +1,5 @@
-// LMKAN2D: checks the tensors, maps them onto the C interface, and calls it on ONNX Runtime's threads.
+// LMKAN2D: checks the tensors, maps them onto the C interface, and calls it on ONNX Runtime's
+// threads.
 #include "lookup2d_op.h"
 
 #include <atomic>
@@ -14,7 +15,8 @@
 namespace lmkan::ort {
 namespace {
 
-// --- Types -----------------------------------------------------------------------------------------
+// --- Types
+// -----------------------------------------------------------------------------------------
 
 constexpr ONNXTensorElementDataType kOnnxTypes[3] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
                                                      ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
@@ -45,7 +47,8 @@ struct Kernel {
   lmkan_table_desc constant_desc;
 };
 
-// --- Errors ----------------------------------------------------------------------------------------
+// --- Errors
+// ----------------------------------------------------------------------------------------
 
 constexpr size_t kMessageSize = 512;
 
@@ -55,7 +58,8 @@ OrtStatus* Error(const Kernel& kernel, const char* message) {
   return kernel.api->CreateStatus(ORT_INVALID_ARGUMENT, text);
 }
 
-// --- Shapes ----------------------------------------------------------------------------------------
+// --- Shapes
+// ----------------------------------------------------------------------------------------
 
 constexpr size_t kMaxRank = 16;
 
@@ -67,8 +71,8 @@ struct Shape {
   void Format(char* text, size_t size) const {
     size_t used = static_cast<size_t>(std::snprintf(text, size, "["));
     for (size_t i = 0; i < rank && used < size; ++i) {
-      used += static_cast<size_t>(std::snprintf(text + used, size - used, i == 0 ? "%lld" : ", %lld",
-                                                static_cast<long long>(dims[i])));
+      used += static_cast<size_t>(std::snprintf(
+          text + used, size - used, i == 0 ? "%lld" : ", %lld", static_cast<long long>(dims[i])));
     }
     if (used < size) std::snprintf(text + used, size - used, "]");
   }
@@ -81,8 +85,8 @@ OrtStatus* GetShape(const Kernel& kernel, const char* name, const OrtValue* valu
   OrtStatus* error = api->GetDimensionsCount(info, &shape->rank);
   if (error == nullptr && shape->rank > kMaxRank) {
     char text[kMessageSize];
-    std::snprintf(text, sizeof text, "expected %s of rank %zu at most, found rank %zu", name, kMaxRank,
-                  shape->rank);
+    std::snprintf(text, sizeof text, "expected %s of rank %zu at most, found rank %zu", name,
+                  kMaxRank, shape->rank);
     error = Error(kernel, text);
   }
   if (error == nullptr) error = api->GetDimensions(info, shape->dims, shape->rank);
@@ -92,7 +96,8 @@ OrtStatus* GetShape(const Kernel& kernel, const char* name, const OrtValue* valu
   return error;
 }
 
-// --- The table -------------------------------------------------------------------------------------
+// --- The table
+// -------------------------------------------------------------------------------------
 
 OrtStatus* DescribeTable(const Kernel& kernel, const OrtValue* value, lmkan_table_desc* desc) {
   Shape shape;
@@ -128,7 +133,8 @@ OrtStatus* MakeTable(const Kernel& kernel, const lmkan_table_desc& desc, lmkan_o
   return nullptr;
 }
 
-// --- Creation --------------------------------------------------------------------------------------
+// --- Creation
+// --------------------------------------------------------------------------------------
 
 OrtStatus* ReadNodeName(const OrtApi* api, const OrtKernelInfo* info, std::string* name) {
   size_t size = 0;
@@ -173,7 +179,8 @@ OrtStatus* ORT_API_CALL CreateKernel(const OrtCustomOp* op, const OrtApi* api,
 
 void ORT_API_CALL DestroyKernel(void* kernel) { delete static_cast<Kernel*>(kernel); }
 
-// --- Computation -----------------------------------------------------------------------------------
+// --- Computation
+// -----------------------------------------------------------------------------------
 
 OrtStatus* CheckX(const Kernel& kernel, const Shape& x, const lmkan_table_desc& desc) {
   const int64_t features = 2 * desc.num_pairs;
@@ -257,7 +264,8 @@ OrtStatus* ORT_API_CALL Compute(void* op_kernel, OrtKernelContext* context) {
   return call.failed ? Error(kernel, call.message) : nullptr;
 }
 
-// --- Shape inference -------------------------------------------------------------------------------
+// --- Shape inference
+// -------------------------------------------------------------------------------
 
 // Rank, sizes (-1 or 0 where unknown) and symbolic names of an input.
 struct KnownShape {
@@ -269,7 +277,8 @@ struct KnownShape {
 OrtStatus* GetKnownShape(const OrtApi* api, const OrtShapeInferContext* context, size_t index,
                          KnownShape* shape) {
   OrtTensorTypeAndShapeInfo* info = nullptr;  // stays the context's
-  if (OrtStatus* error = api->ShapeInferContext_GetInputTypeShape(context, index, &info)) return error;
+  if (OrtStatus* error = api->ShapeInferContext_GetInputTypeShape(context, index, &info))
+    return error;
   if (OrtStatus* error = api->GetDimensionsCount(info, &shape->rank)) return error;
   if (shape->rank > kMaxRank) shape->rank = 0;
   if (OrtStatus* error = api->GetDimensions(info, shape->dims, shape->rank)) return error;
@@ -297,7 +306,8 @@ OrtStatus* ORT_API_CALL InferShape(const OrtCustomOp* op, OrtShapeInferContext* 
   return error;
 }
 
-// --- Definitions -----------------------------------------------------------------------------------
+// --- Definitions
+// -----------------------------------------------------------------------------------
 
 Lookup2dOp MakeOp(lmkan_dtype x_dtype, lmkan_dtype table_dtype) {
   Lookup2dOp op = {};

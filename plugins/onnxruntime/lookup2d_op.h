@@ -14,8 +14,8 @@ inline constexpr uint32_t kOrtApiVersion = 17;
 // One definition for every pair of types of x and table.
 inline constexpr size_t kNumLookup2dOps = 9;
 
-// Makes definition `index`, 0 ... kNumLookup2dOps - 1; valid for the life of the library. To be called
-// once for each.
+// Makes definition `index`, 0 ... kNumLookup2dOps - 1; valid for the life of the library. To be
+// called once for each.
 const OrtCustomOp* MakeLookup2dOp(size_t index, const OrtApi* api);
 
 }  // namespace lmkan::ort

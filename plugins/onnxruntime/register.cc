@@ -10,14 +10,16 @@ OrtStatus* GetDomain(const OrtApi* api, OrtCustomOpDomain** result) {
   static OrtStatus* const status = [api]() -> OrtStatus* {
     if (OrtStatus* error = api->CreateCustomOpDomain("lmkan", &domain)) return error;
     for (size_t i = 0; i < lmkan::ort::kNumLookup2dOps; ++i) {
-      if (OrtStatus* error = api->CustomOpDomain_Add(domain, lmkan::ort::MakeLookup2dOp(i, api))) return error;
+      if (OrtStatus* error = api->CustomOpDomain_Add(domain, lmkan::ort::MakeLookup2dOp(i, api)))
+        return error;
     }
     return nullptr;
   }();
   *result = domain;
   // The first failure's status belongs to the function; each caller gets one of its own.
-  return status == nullptr ? nullptr
-                           : api->CreateStatus(api->GetErrorCode(status), api->GetErrorMessage(status));
+  return status == nullptr
+             ? nullptr
+             : api->CreateStatus(api->GetErrorCode(status), api->GetErrorMessage(status));
 }
 
 }  // namespace

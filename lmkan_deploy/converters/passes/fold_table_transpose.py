@@ -33,12 +33,15 @@ def _transposed_initializer(table: ir.Value) -> ir.Value | None:
     if node is None or node.op_type != "Transpose" or node.domain not in ("", "ai.onnx"):
         return None
     source = node.inputs[0]
-    return source if source is not None and source.is_initializer() and source.const_value is not None else None
+    return (
+        source if source is not None and source.is_initializer() and source.const_value is not None else None
+    )
 
 
 def _add_transposed(graph: ir.Graph, table: ir.Value, source: ir.Value) -> ir.Value:
     node, tensor = table.producer(), source.const_value
-    assert node is not None and tensor is not None
+    assert node is not None
+    assert tensor is not None
     permutation = node.attributes.get_ints("perm", tuple(reversed(range(len(tensor.shape)))))
     # PyTorch layers lay their memory out for this permutation, so the copy is usually none.
     array = np.ascontiguousarray(np.transpose(tensor.numpy(), permutation))

@@ -35,11 +35,7 @@ typedef enum lmkan_status {
   LMKAN_UNSUPPORTED = 3 /* the processor lacks the requested instruction set */
 } lmkan_status;
 
-typedef enum lmkan_dtype {
-  LMKAN_FLOAT32 = 0,
-  LMKAN_FLOAT16 = 1,
-  LMKAN_BFLOAT16 = 2
-} lmkan_dtype;
+typedef enum lmkan_dtype { LMKAN_FLOAT32 = 0, LMKAN_FLOAT16 = 1, LMKAN_BFLOAT16 = 2 } lmkan_dtype;
 
 /* Instruction sets; AUTO takes the best one that the processor has. */
 typedef enum lmkan_isa {
@@ -73,8 +69,8 @@ LMKAN_API int32_t lmkan_abi_version(void);
 LMKAN_API const char* lmkan_version(void);
 
 /* Checks the description and prepares the table. On success *table holds a handle to be given to
- * lmkan_cpu_table_destroy. On failure *table is NULL and `message` (when not NULL) holds one line of
- * at most message_size bytes, the terminating zero included. */
+ * lmkan_cpu_table_destroy. On failure *table is NULL and `message` (when not NULL) holds one line
+ * of at most message_size bytes, the terminating zero included. */
 LMKAN_API lmkan_status lmkan_cpu_table_create(const lmkan_table_desc* desc,
                                               lmkan_ownership ownership, lmkan_isa isa,
                                               lmkan_cpu_table** table, char* message,

@@ -1,7 +1,7 @@
 // accumulate and store for one instruction set, written once over a vector type.
 //
-// A kernel file defines its vector type V (in an anonymous namespace: the same template compiled for
-// two instruction sets must never be merged by the linker) and instantiates Accumulate<V, T>:
+// A kernel file defines its vector type V (in an anonymous namespace: the same template compiled
+// for two instruction sets must never be merged by the linker) and instantiates Accumulate<V, T>:
 //   V::kLanes                 float32 values in a vector
 //   V::Reg                    the register type
 //   V::Zero()  V::Broadcast(const float*)
@@ -45,7 +45,8 @@ inline void AddPair(const T* corner, int64_t cell_stride, int64_t line_stride,
 // All rows, kPairs pairs of one group.
 template <class V, class T, int kVectors, int kPairs>
 void AccumulateGroup(const AccumulateArgs& args, int64_t group, int64_t column) {
-  const T* slices = static_cast<const T*>(args.slices) + group * kGroupPairs * args.pair_stride + column;
+  const T* slices =
+      static_cast<const T*>(args.slices) + group * kGroupPairs * args.pair_stride + column;
   const CellRecord* records = args.records + group * args.rows;
   float* out = args.sums + column;
   for (int64_t r = 0; r < args.rows; ++r, out += args.width) {

@@ -1,4 +1,5 @@
-// find_cells with AVX2 and FMA; the AVX-512 kernels use it too. One vector holds four pairs of a row.
+// find_cells with AVX2 and FMA; the AVX-512 kernels use it too. One vector holds four pairs of a
+// row.
 #ifndef LMKAN_KERNELS_CPU_FIND_CELLS_AVX2_H_
 #define LMKAN_KERNELS_CPU_FIND_CELLS_AVX2_H_
 
@@ -60,16 +61,15 @@ struct GridRegisters {
 // Cells and weights of four pairs from their eight features.
 inline void FindFourCells(const GridRegisters& grid, __m256 x, CellRecord* record) {
   const __m256 sign_bit = _mm256_set1_ps(-0.0f);
-  const __m256 tail = _mm256_mul_ps(_mm256_set1_ps(0.5f), ExpNonPositive(_mm256_or_ps(x, sign_bit)));
+  const __m256 tail =
+      _mm256_mul_ps(_mm256_set1_ps(0.5f), ExpNonPositive(_mm256_or_ps(x, sign_bit)));
   const __m256 positive = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ);
-  const __m256 level =
-      _mm256_blendv_ps(tail, _mm256_sub_ps(_mm256_set1_ps(1.0f), tail), positive);
+  const __m256 level = _mm256_blendv_ps(tail, _mm256_sub_ps(_mm256_set1_ps(1.0f), tail), positive);
   // tail is finite and at least 0 even for NaN, so the conversion can't leave the range of int32.
   __m256i cell = _mm256_cvttps_epi32(_mm256_mul_ps(level, grid.num_grids));
   cell = _mm256_min_epi32(cell, grid.last_cell);
-  const __m256 position =
-      _mm256_mul_ps(_mm256_sub_ps(x, _mm256_i32gather_ps(grid.points, cell, 4)),
-                    _mm256_i32gather_ps(grid.inverse_widths, cell, 4));
+  const __m256 position = _mm256_mul_ps(_mm256_sub_ps(x, _mm256_i32gather_ps(grid.points, cell, 4)),
+                                        _mm256_i32gather_ps(grid.inverse_widths, cell, 4));
 
   const __m256i first_then_second = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
   const __m256i cells = _mm256_permutevar8x32_epi32(cell, first_then_second);
@@ -79,9 +79,8 @@ inline void FindFourCells(const GridRegisters& grid, __m256 x, CellRecord* recor
   const __m128 one = _mm_set1_ps(1.0f);
   const __m128 e1 = _mm_sub_ps(one, d1);
   const __m128 e2 = _mm_sub_ps(one, d2);
-  const __m128i index =
-      _mm_add_epi32(_mm_mullo_epi32(_mm256_castsi256_si128(cells), grid.line),
-                    _mm256_extracti128_si256(cells, 1));
+  const __m128i index = _mm_add_epi32(_mm_mullo_epi32(_mm256_castsi256_si128(cells), grid.line),
+                                      _mm256_extracti128_si256(cells, 1));
   _mm_store_si128(reinterpret_cast<__m128i*>(record->cell), index);
   _mm_store_ps(record->weight[0], _mm_mul_ps(e1, e2));
   _mm_store_ps(record->weight[1], _mm_mul_ps(e1, d2));

@@ -38,8 +38,8 @@ inline float ToFloat(BFloat16 value) { return FloatFromBits(uint32_t{value.bits}
 inline float ToFloat(Float16 value) {
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
   const uint32_t rest = value.bits & 0x7fffu;
-  // Moving the exponent into float32's place leaves it too small by 2^112; subnormals come out right
-  // as well, because the multiplication normalises them.
+  // Moving the exponent into float32's place leaves it too small by 2^112; subnormals come out
+  // right as well, because the multiplication normalises them.
   if (rest < 0x7c00u) {
     return FloatFromBits(sign | BitsFromFloat(FloatFromBits(rest << 13) * 0x1p112f));
   }

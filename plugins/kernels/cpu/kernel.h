@@ -41,10 +41,10 @@ struct FindCellsArgs {
 };
 
 struct AccumulateArgs {
-  const void* slices;    // the block's first corner of pair 0
-  int64_t pair_stride;   // elements between two pairs
-  int64_t cell_stride;   // elements between two cells
-  int64_t line_stride;   // elements between (i1, i2) and (i1 + 1, i2)
+  const void* slices;   // the block's first corner of pair 0
+  int64_t pair_stride;  // elements between two pairs
+  int64_t cell_stride;  // elements between two cells
+  int64_t line_stride;  // elements between (i1, i2) and (i1 + 1, i2)
   int64_t num_pairs;
   const CellRecord* records;  // [ceil(num_pairs / 4)][rows]
   int64_t rows;

@@ -110,9 +110,9 @@ int64_t lmkan_cpu_num_tasks(const lmkan_cpu_table* table, int64_t rows, int32_t 
   using namespace lmkan::cpu;
   if (table == nullptr || rows < 1 || num_threads < 2) return 1;
   const int64_t evaluations_a_row = table->num_pairs * table->num_outputs;
-  const int64_t worth = std::max<int64_t>(
-      1, rows > INT64_MAX / evaluations_a_row ? INT64_MAX / kTaskEvaluations
-                                              : rows * evaluations_a_row / kTaskEvaluations);
+  const int64_t worth = std::max<int64_t>(1, rows > INT64_MAX / evaluations_a_row
+                                                 ? INT64_MAX / kTaskEvaluations
+                                                 : rows * evaluations_a_row / kTaskEvaluations);
   // Whole chunks where there are enough of them; otherwise an equal share for each thread.
   const int64_t chunks = (rows + ChunkRows(*table) - 1) / ChunkRows(*table);
   const int64_t wanted = chunks >= 4 * num_threads ? chunks : num_threads;

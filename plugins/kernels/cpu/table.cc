@@ -113,7 +113,8 @@ lmkan_status CheckDesc(const lmkan_table_desc* desc, const Message& message) {
   // A cell index must fit 32 bits.
   constexpr int64_t kMostGrids = 46339;
   if (desc->num_grids < 3 || desc->num_grids > kMostGrids) {
-    return Fail(LMKAN_INVALID_ARGUMENT, message, "expected 3 to %lld grid cells an axis, found %lld",
+    return Fail(LMKAN_INVALID_ARGUMENT, message,
+                "expected 3 to %lld grid cells an axis, found %lld",
                 static_cast<long long>(kMostGrids), static_cast<long long>(desc->num_grids));
   }
   return LMKAN_OK;
@@ -213,7 +214,8 @@ lmkan_status lmkan_cpu_table_create(const lmkan_table_desc* desc, lmkan_ownershi
                                     size_t message_size) {
   const Message out{message, message_size};
   if (table == nullptr) {
-    return Fail(LMKAN_INVALID_ARGUMENT, out, "expected a place for the handle, found a null pointer");
+    return Fail(LMKAN_INVALID_ARGUMENT, out,
+                "expected a place for the handle, found a null pointer");
   }
   *table = nullptr;
   std::unique_ptr<lmkan_cpu_table> result;

@@ -25,18 +25,18 @@ void* AllocateAligned(size_t bytes);
 // Neighbouring outputs that one accumulate call handles.
 struct Block {
   int64_t first_output;
-  int64_t outputs;        // that exist
-  int64_t width;          // rounded up to whole vectors
-  int64_t offset;         // elements from the table's start to the block's first corner
-  int64_t pair_stride;    // elements
-  int64_t cell_stride;    // elements
+  int64_t outputs;      // that exist
+  int64_t width;        // rounded up to whole vectors
+  int64_t offset;       // elements from the table's start to the block's first corner
+  int64_t pair_stride;  // elements
+  int64_t cell_stride;  // elements
 };
 
 }  // namespace lmkan::cpu
 
-// The handle of the C interface. A copied table is stored block by block, [block][pair][cell][width]:
-// one pair of a block is contiguous, so it occupies all sets of a cache evenly, which rows of a power
-// of two outputs would not.
+// The handle of the C interface. A copied table is stored block by block,
+// [block][pair][cell][width]: one pair of a block is contiguous, so it occupies all sets of a cache
+// evenly, which rows of a power of two outputs would not.
 struct lmkan_cpu_table {
   const lmkan::cpu::KernelSet* kernels = nullptr;
   lmkan_dtype dtype = LMKAN_FLOAT32;
@@ -46,9 +46,9 @@ struct lmkan_cpu_table {
   int64_t num_blocks = 0;
   bool packed = false;
   const void* data = nullptr;
-  lmkan::cpu::Buffer<void> storage;           // owns data when packed
-  lmkan::cpu::Buffer<float> grid_points;      // num_grids + 1
-  lmkan::cpu::Buffer<float> inverse_widths;   // num_grids
+  lmkan::cpu::Buffer<void> storage;          // owns data when packed
+  lmkan::cpu::Buffer<float> grid_points;     // num_grids + 1
+  lmkan::cpu::Buffer<float> inverse_widths;  // num_grids
 
   int64_t num_cells() const { return (num_grids + 1) * (num_grids + 1); }
   lmkan::cpu::Grid grid() const {
