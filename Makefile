@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(shell find plugins -type f)
 
-.PHONY: setup test test-large test-cpp sanitize lint format demo wheel clean
+.PHONY: setup test lint format demo wheel clean
 
 setup: $(VENV)/.installed
 
@@ -15,9 +15,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt lmkan_deploy/version.py $(NAT
 
 test: setup ## All tests of Python and C++.
 	$(BIN)/python -m pytest
-
-test-large: setup ## Tests that need several GB of memory.
-	$(BIN)/python -m pytest -m large
 
 demo: setup ## Trains, exports, verifies and serves a small network on real data.
 	$(BIN)/python examples/methane/demo.py

@@ -111,7 +111,7 @@ def _layer(node: ir.Node) -> LookupLayer | None:
         num_inputs=2 * num_pairs,
         num_outputs=num_outputs,
         num_grids=points - 1,
-        table_dtype=str(dtype).lower().removeprefix("datatype."),
+        table_dtype=_dtype_name(dtype),
         parameters=parameters,
         table_bytes=int(parameters * dtype.itemsize),
         multiply_adds=4 * num_pairs * num_outputs,
@@ -120,5 +120,11 @@ def _layer(node: ir.Node) -> LookupLayer | None:
 
 def _describe(value: ir.Value) -> str:
     shape = "?" if value.shape is None else ", ".join(str(size) for size in value.shape)
-    dtype = "?" if value.dtype is None else str(value.dtype).lower().removeprefix("datatype.")
+    dtype = "?" if value.dtype is None else _dtype_name(value.dtype)
     return f"{value.name} {dtype}[{shape}]"
+
+
+def _dtype_name(dtype: ir.DataType) -> str:
+    """NumPy's name of an ONNX type."""
+    name = dtype.name.lower()
+    return {"float": "float32", "double": "float64"}.get(name, name)

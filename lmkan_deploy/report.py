@@ -33,22 +33,27 @@ def print_export(result: ExportResult) -> None:
 def print_verification(result: Verification) -> None:
     """All comparisons, and the first bad element of each that failed."""
     table = Table(title=f"against {result.reference}", title_justify="left")
-    for name in ("runtime", "inputs", "output"):
-        table.add_column(name)
-    for name in ("elements", "max abs", "p99 abs", "median abs", "max rel", "allowed"):
-        table.add_column(name, justify="right")
+    table.add_column("runtime", no_wrap=True)
+    table.add_column("inputs", no_wrap=True)
+    table.add_column("output")
+    for name in ("max abs", "p99 abs", "median abs", "max rel", "allowed"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     for c in result.comparisons:
         verdict = Text("ok", "green") if c.passed else Text("FAILED", "bold red")
-        if c.problem is not None:
-            table.add_row(c.runner, c.case, c.output, "", "", "", "", "", "", verdict)
-            continue
-        errors = (f"{e:.1e}" for e in (c.max_abs, c.p99_abs, c.p50_abs, c.max_rel, c.rtol))
-        table.add_row(c.runner, c.case, c.output, f"{c.elements:,}", *errors, verdict)
+        errors = (c.max_abs, c.p99_abs, c.p50_abs, c.max_rel, c.rtol)
+        cells = ("" if c.problem is not None else f"{error:.1e}" for error in errors)
+        table.add_row(c.runner, c.case, c.output, *cells, verdict)
     _console.print(table)
-    for c in result.comparisons:
-        if not c.passed:
-            _console.print(f"[red]{c.runner}, {c.case}:[/] {_failure(c)}")
+    failed = [c for c in result.comparisons if not c.passed]
+    for c in failed:
+        _console.print(f"[red]{c.runner}, {c.case}:[/] {_failure(c)}")
+    total = len(result.comparisons)
+    _console.print(
+        f"[bold red]{len(failed)} of {total} comparisons failed[/]"
+        if failed
+        else f"[green]all {total} comparisons passed[/]"
+    )
 
 
 def _failure(comparison: Comparison) -> str:

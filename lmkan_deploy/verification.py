@@ -95,7 +95,7 @@ def random_cases(
     rng = np.random.default_rng(seed)
     is_free = any(not isinstance(size, int) for spec in specs for size in spec.shape)
     return {
-        f"random, batch {size}" if is_free else "random": random_inputs(specs, {None: size}, rng)
+        f"random {size}" if is_free else "random": random_inputs(specs, {None: size}, rng)
         for size in (sizes if is_free else sizes[:1])
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import re
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +104,7 @@ def _load_content(path: Path, architecture: Architecture, trust_pickle: bool) ->
         # Tensors of a zip file stay on disk until they are used.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        if not re.search("Unsupported (global|class)", str(error)):
+        if not is_zip and not _starts_like_a_pickle(path):
             raise _unreadable(path, error) from error
         if not trust_pickle:
             raise CheckpointError(
@@ -116,6 +115,11 @@ def _load_content(path: Path, architecture: Architecture, trust_pickle: bool) ->
     except Exception as error:  # PyTorch raises whatever its many parsers raise
         raise _unreadable(path, error) from error
     return _load_pickle(path, architecture)
+
+
+def _starts_like_a_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) == pickle.PROTO
 
 
 def _load_pickle(path: Path, architecture: Architecture) -> Any:

@@ -135,7 +135,7 @@ _FUNCTION_BODY = """
   sums = MatMul (weights, corners)
   leading_shape = Shape <start = 0, end = -1> (x)
   y_shape = Concat <axis = 0> (leading_shape, list_outputs)
-  y_float = Reshape (sums, y_shape)
+  y_float = Reshape <allowzero = 1> (sums, y_shape)
   y = CastLike (y_float, x)
 }
 """

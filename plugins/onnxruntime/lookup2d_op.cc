@@ -269,6 +269,7 @@ OrtStatus* ORT_API_CALL Compute(void* op_kernel, OrtKernelContext* context) {
 
 // Rank, sizes (-1 or 0 where unknown) and symbolic names of an input.
 struct KnownShape {
+  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   size_t rank = 0;
   int64_t dims[kMaxRank];
   const char* names[kMaxRank];  // owned by the context
@@ -279,12 +280,14 @@ OrtStatus* GetKnownShape(const OrtApi* api, const OrtShapeInferContext* context,
   OrtTensorTypeAndShapeInfo* info = nullptr;  // stays the context's
   if (OrtStatus* error = api->ShapeInferContext_GetInputTypeShape(context, index, &info))
     return error;
+  if (OrtStatus* error = api->GetTensorElementType(info, &shape->type)) return error;
   if (OrtStatus* error = api->GetDimensionsCount(info, &shape->rank)) return error;
   if (shape->rank > kMaxRank) shape->rank = 0;
   if (OrtStatus* error = api->GetDimensions(info, shape->dims, shape->rank)) return error;
   return api->GetSymbolicDimensions(info, shape->names, shape->rank);
 }
 
+// ONNX Runtime calls the first definition's function for all of them, so the type is x's, not op's.
 // y has x's dimensions, the last one replaced by the table's last. Nothing is said where a rank is
 // unknown (0 here); mistakes are reported by the computation, which knows the node's name.
 OrtStatus* ORT_API_CALL InferShape(const OrtCustomOp* op, OrtShapeInferContext* context) {
@@ -298,7 +301,7 @@ OrtStatus* ORT_API_CALL InferShape(const OrtCustomOp* op, OrtShapeInferContext* 
   x.names[x.rank - 1] = table.names[3];
   OrtTensorTypeAndShapeInfo* info = nullptr;
   if (OrtStatus* error = api->CreateTensorTypeAndShapeInfo(&info)) return error;
-  OrtStatus* error = api->SetTensorElementType(info, kOnnxTypes[Self(op).x_dtype]);
+  OrtStatus* error = api->SetTensorElementType(info, x.type);
   if (error == nullptr) error = api->SetDimensions(info, x.dims, x.rank);
   if (error == nullptr) error = api->SetSymbolicDimensions(info, x.names, x.rank);
   if (error == nullptr) error = api->ShapeInferContext_SetOutputTypeShape(context, 0, info);

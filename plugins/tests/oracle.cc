@@ -1,0 +1,141 @@
+#include "oracle.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "check.h"
+
+namespace lmkan::test {
+namespace {
+
+// Unit roundoff of float32, in which kernels find cells and add up corners.
+constexpr double kRoundoff = 0x1p-24;
+
+double Sigma(double x) { return x <= 0 ? 0.5 * std::exp(x) : 1.0 - 0.5 * std::exp(-x); }
+
+double InverseSigma(double level) {
+  return level <= 0.5 ? std::log(2.0 * level) : -std::log(2.0 * (1.0 - level));
+}
+
+// Where a feature lies on its axis, and what float32 makes of that.
+struct Position {
+  int64_t cell;
+  double d;       // the definition's d(x)
+  double error;   // of d and of 1 - d
+  double border;  // how far into the wrong cell rounding may put x; 0 away from the borders
+};
+
+Position Locate(const std::vector<double>& grid, double x) {
+  const auto num_grids = static_cast<int64_t>(grid.size()) - 1;
+  const double level = Sigma(x) * static_cast<double>(num_grids);
+  Position position;
+  position.cell = std::clamp<int64_t>(static_cast<int64_t>(std::floor(level)), 0, num_grids - 1);
+  const double point = grid[position.cell];
+  const double width = grid[position.cell + 1] - point;
+  position.d = (x - point) / width;
+  // One rounding each of the point, the difference, the width, the quotient, and of 1 - d.
+  position.error = kRoundoff * (std::fabs(point) / width + 3 * std::fabs(position.d) +
+                                std::fabs(1 - position.d));
+  const double reach = 16 * kRoundoff * static_cast<double>(num_grids);
+  const double nearest = std::nearbyint(level);
+  const bool inner = nearest >= 1 && nearest <= static_cast<double>(num_grids - 1);
+  position.border = inner && std::fabs(level - nearest) <= reach ? reach : 0;
+  return position;
+}
+
+}  // namespace
+
+std::string Shape::ToString() const {
+  return std::to_string(num_pairs) + " pairs, G " + std::to_string(num_grids) + ", " +
+         std::to_string(num_outputs) + " outputs, " + std::to_string(rows) + " rows";
+}
+
+double GridPoint(int64_t num_grids, int64_t index) {
+  const auto inner = [num_grids](int64_t i) {
+    return InverseSigma(static_cast<double>(i) / static_cast<double>(num_grids));
+  };
+  if (index == 0) return 2 * inner(1) - inner(2);
+  if (index == num_grids) return 2 * inner(num_grids - 1) - inner(num_grids - 2);
+  return inner(index);
+}
+
+Reference Evaluate(const Shape& shape, const std::vector<double>& x,
+                   const std::vector<double>& table) {
+  std::vector<double> grid;
+  for (int64_t i = 0; i <= shape.num_grids; ++i) grid.push_back(GridPoint(shape.num_grids, i));
+  double largest = 0;
+  for (const double entry : table) largest = std::max(largest, std::fabs(entry));
+
+  Reference reference;
+  reference.y.assign(shape.y_size(), 0.0);
+  reference.bound.assign(shape.y_size(), 0.0);
+  const int64_t axis = shape.num_grids + 1;
+  const double terms = 4.0 * static_cast<double>(shape.num_pairs);
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    double* y = reference.y.data() + r * shape.num_outputs;
+    double* bound = reference.bound.data() + r * shape.num_outputs;
+    for (int64_t p = 0; p < shape.num_pairs; ++p) {
+      const double x1 = x[(r * shape.num_pairs + p) * 2];
+      const double x2 = x[(r * shape.num_pairs + p) * 2 + 1];
+      if (!std::isfinite(x1) || !std::isfinite(x2)) {
+        std::fill_n(y, shape.num_outputs, std::numeric_limits<double>::quiet_NaN());
+        break;
+      }
+      const Position first = Locate(grid, x1);
+      const Position second = Locate(grid, x2);
+      // In the wrong cell the line of the neighbour is followed, over this part of a cell at most.
+      const double border =
+          4 * largest *
+          (first.border * (std::fabs(1 - second.d) + std::fabs(second.d)) +
+           second.border * (std::fabs(1 - first.d) + std::fabs(first.d)));
+      for (int corner = 0; corner < 4; ++corner) {
+        const int64_t up1 = corner / 2;
+        const int64_t up2 = corner % 2;
+        const double w1 = up1 == 1 ? first.d : 1 - first.d;
+        const double w2 = up2 == 1 ? second.d : 1 - second.d;
+        const double* entries =
+            table.data() +
+            ((p * axis + first.cell + up1) * axis + second.cell + up2) * shape.num_outputs;
+        const double weight = w1 * w2;
+        // The axes' errors, the product's rounding, and that of every addition.
+        const double error = std::fabs(w1) * second.error + std::fabs(w2) * first.error +
+                             first.error * second.error +
+                             kRoundoff * (terms + 3) * std::fabs(weight);
+        for (int64_t o = 0; o < shape.num_outputs; ++o) {
+          y[o] += weight * entries[o];
+          bound[o] += error * std::fabs(entries[o]);
+        }
+      }
+      for (int64_t o = 0; o < shape.num_outputs; ++o) bound[o] += border;
+    }
+    // A tenth for the terms of second order; each product may also fall among the subnormals.
+    for (int64_t o = 0; o < shape.num_outputs; ++o) bound[o] = 1.1 * bound[o] + terms * 0x1p-149;
+  }
+  return reference;
+}
+
+void ExpectClose(const Shape& shape, const Reference& reference, const Array& y,
+                 const std::string& label) {
+  for (int64_t i = 0; i < shape.y_size(); ++i) {
+    const double found = y.Get(i);
+    const double expected = reference.y[i];
+    bool close;
+    if (std::isnan(expected)) {
+      close = !std::isfinite(found);
+    } else {
+      // Rounding is monotonic: what lies between two numbers lies between them when rounded too.
+      close = found >= Round(y.dtype(), expected - reference.bound[i]) &&
+              found <= Round(y.dtype(), expected + reference.bound[i]);
+    }
+    if (close) continue;
+    LMKAN_EXPECT(close, "%s; y[%lld][%lld] is %.9g, the definition gives %.9g +- %.2g",
+                 label.c_str(), static_cast<long long>(i / shape.num_outputs),
+                 static_cast<long long>(i % shape.num_outputs), found, expected,
+                 reference.bound[i]);
+    return;
+  }
+  Pass();
+}
+
+}  // namespace lmkan::test

@@ -1,0 +1,338 @@
+"""Loading of every kind of file, and refusal of everything else."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import lmkan_deploy
+from lmkan_deploy import Architecture, upstream
+from lmkan_deploy.checkpoints.input_shapes import input_specs, parse_input_shape
+from lmkan_deploy.errors import CheckpointError
+from lmkan_deploy.nn import LMKAN2DLayer
+from networks import DATA, UserModel, make_stack
+
+
+def outputs(checkpoint: lmkan_deploy.checkpoints.Checkpoint, x: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return checkpoint.module(torch.from_numpy(x)).numpy()
+
+
+def assert_close(y: np.ndarray, want: np.ndarray) -> None:
+    assert np.abs(y - want).max() <= 1e-5 * np.abs(want).max()
+
+
+# --- Files that load ---------------------------------------------------------------------------------
+
+
+def test_state_dict(user_model: UserModel) -> None:
+    checkpoint = lmkan_deploy.load_checkpoint(user_model.state_dict, user_model.architecture)
+    assert checkpoint.kind == "state dict"
+    assert not checkpoint.module.training
+    assert_close(outputs(checkpoint, user_model.x), user_model.y)
+
+
+def test_pickled_module(user_model: UserModel) -> None:
+    checkpoint = lmkan_deploy.load_checkpoint(
+        user_model.pickled, Architecture(path=DATA), trust_pickle=True
+    )
+    assert checkpoint.kind == "pickled module"
+    assert_close(outputs(checkpoint, user_model.x), user_model.y)
+    layers = [m for m in checkpoint.module.modules() if isinstance(m, upstream.LMKAN2DLayer)]
+    assert len(layers) == user_model.num_lookups
+    assert all(layer.table.is_contiguous() for layer in layers)
+
+
+def test_exported_program(user_model: UserModel, tmp_path: Path) -> None:
+    module = lmkan_deploy.load_checkpoint(user_model.state_dict, user_model.architecture).module
+    dynamic = ({0: torch.export.Dim("batch")},)
+    x = torch.from_numpy(user_model.x)
+    torch.export.save(torch.export.export(module, (x,), dynamic_shapes=dynamic), tmp_path / "model.pt2")
+    checkpoint = lmkan_deploy.load_checkpoint(tmp_path / "model.pt2")
+    assert checkpoint.kind == "exported program"
+    assert_close(outputs(checkpoint, user_model.x), user_model.y)
+
+
+@pytest.mark.parametrize("wrap", ["plain", "state_dict", "model_state_dict", "model", "module.", "_orig_mod."])
+def test_inferred_stack(wrap: str, tmp_path: Path) -> None:
+    module = make_stack(6, 10, 4, 1)
+    state = module.state_dict()
+    if wrap.endswith("."):
+        state = {wrap + key: value for key, value in state.items()}
+    elif wrap != "plain":
+        state = {wrap: state, "epoch": 3, "optimizer": {"state": {}}}
+    torch.save(state, tmp_path / "model.pt")
+    checkpoint = lmkan_deploy.load_checkpoint(tmp_path / "model.pt")
+    assert checkpoint.kind == "inferred stack"
+    assert "eps" in checkpoint.notes[0]
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(checkpoint.module(x), module(x), rtol=0, atol=0)
+
+
+def test_inferred_stack_keeps_affine_batch_norm_and_half_tables(tmp_path: Path) -> None:
+    module = torch.nn.Sequential(LMKAN2DLayer(4, 4, 6), torch.nn.BatchNorm1d(6), LMKAN2DLayer(4, 6, 2))
+    module = module.half().eval()
+    torch.nn.init.normal_(module[1].weight)
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    loaded = lmkan_deploy.load_checkpoint(tmp_path / "model.pt").module
+    assert loaded[0].func_parameter.dtype == torch.float16
+    torch.testing.assert_close(loaded[1].weight.float(), module[1].weight.float())
+
+
+def test_arguments_of_the_factory() -> None:
+    architecture = Architecture.parse("user_models:MethaneNet", DATA, '{"hidden": 64}')
+    with pytest.raises(CheckpointError, match=r"expected \[13, 13, 64, 6\], found \[13, 13, 32, 6\]"):
+        lmkan_deploy.load_checkpoint(DATA / "methane.state_dict.pt", architecture)
+    positional = Architecture.parse("user_models:MethaneNet", DATA, "[32, 12]")
+    assert lmkan_deploy.load_checkpoint(DATA / "methane.state_dict.pt", positional).kind == "state dict"
+
+
+# --- Files that do not -------------------------------------------------------------------------------
+
+
+def test_a_pickle_needs_trust(tmp_path: Path) -> None:
+    marker = tmp_path / "code-ran"
+    for name, save in (("zip.pt", torch.save), ("raw.pt", lambda o, p: Path(p).write_bytes(pickle.dumps(o)))):
+        save(Malicious(str(marker)), tmp_path / name)
+        with pytest.raises(CheckpointError, match=r"pickled Python objects.*--trust-pickle"):
+            lmkan_deploy.load_checkpoint(tmp_path / name)
+    assert not marker.exists()
+
+
+class Malicious:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path(self.path),))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "found no file"),
+        (b"", "empty file"),
+        (b"hello, this is no checkpoint at all", "could not read"),
+        (b"\x80\x02garbage", "--trust-pickle"),
+        (b"PK\x03\x04" + bytes(100), "could not read"),
+    ],
+)
+def test_damaged_files(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        lmkan_deploy.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.99])
+def test_truncated_files(fraction: float, user_model: UserModel, tmp_path: Path) -> None:
+    content = user_model.state_dict.read_bytes()
+    (tmp_path / "model.pt").write_bytes(content[: int(len(content) * fraction)])
+    with pytest.raises(CheckpointError, match="truncated, damaged"):
+        lmkan_deploy.load_checkpoint(tmp_path / "model.pt", user_model.architecture)
+
+
+def test_other_contents(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="found the folder"):
+        lmkan_deploy.load_checkpoint(tmp_path)
+    for value, message in (
+        ([1, 2], "found a list"),
+        ({"epoch": 3, "loss": 0.5}, "keys 'epoch', 'loss'"),
+        ({}, "without keys"),
+        (torch.zeros(3), "found a Tensor"),
+    ):
+        torch.save(value, tmp_path / "model.pt")
+        with pytest.raises(CheckpointError, match=message):
+            lmkan_deploy.load_checkpoint(tmp_path / "model.pt")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        lmkan_deploy.load_checkpoint(tmp_path / "script.pt")
+
+
+def test_state_dicts_that_determine_no_network(tmp_path: Path) -> None:
+    lookup, norm = LMKAN2DLayer(4, 4, 6).state_dict(), torch.nn.BatchNorm1d(6).state_dict()
+    prefixed = lambda index, state: {f"{index}.{k}": v for k, v in state.items()}  # noqa: E731
+    narrow = {"func_parameter": torch.zeros(3, 3, 2, 2), "borders": torch.zeros(3)}
+    for state, message in (
+        ({"layer1.func_parameter": torch.zeros(5, 5, 2, 2)}, "found the key 'layer1.func_parameter'"),
+        (prefixed(0, lookup) | prefixed(2, norm), "no state of layer 1"),
+        (prefixed(0, lookup) | prefixed(1, torch.nn.Linear(6, 2).state_dict()), "layer 1 with bias, weight"),
+        (prefixed(0, lookup) | prefixed(1, torch.nn.BatchNorm1d(7).state_dict()), "6 features of layer 0"),
+        (prefixed(0, narrow), r"found \[3, 3, 2, 2\]"),
+    ):
+        torch.save(state, tmp_path / "model.pt")
+        with pytest.raises(CheckpointError, match=message):
+            lmkan_deploy.load_checkpoint(tmp_path / "model.pt")
+
+
+def test_state_dict_of_another_network_names_the_first_keys() -> None:
+    with pytest.raises(CheckpointError) as error:
+        lmkan_deploy.load_checkpoint(
+            DATA / "methane.state_dict.pt", Architecture("user_models:PatchNet", DATA)
+        )
+    assert "missing in the checkpoint: conv1.gamma" in str(error.value)
+    assert "unknown to the network: lmkan1.func_parameter" in str(error.value)
+    assert "more" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tables_that_are_not_finite(value: float, tmp_path: Path) -> None:
+    module = make_stack(4, 6, 2)
+    with torch.no_grad():
+        module[2].func_parameter[1, 2, 0, 1] = value
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="finite values in 2.func_parameter, found 1 NaN"):
+        lmkan_deploy.load_checkpoint(tmp_path / "model.pt")
+
+
+def test_a_grid_that_is_not_the_operators(tmp_path: Path) -> None:
+    state = make_stack(4, 2).state_dict()
+    state["0.borders"] = torch.linspace(-3, 3, 7)
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="another grid"):
+        lmkan_deploy.load_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments", "message"),
+    [
+        ("user_models", "{}", "module:factory"),
+        ("no_such_module:Net", "{}", "could not import 'no_such_module'"),
+        ("user_models:NoNet", "{}", "class or function 'NoNet'"),
+        ("user_models:MethaneNet", '{"width": 3}', "unexpected keyword argument 'width'"),
+        ("user_models:MethaneNet", "{", "as JSON"),
+        ("user_models:MethaneNet", "3", "object or array"),
+        ("os.path:basename", '["a"]', "found str"),
+    ],
+)
+def test_architectures_that_do_not_work(factory: str, arguments: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        lmkan_deploy.load_checkpoint(
+            DATA / "methane.state_dict.pt", Architecture.parse(factory, DATA, arguments)
+        )
+
+
+def test_damaged_pickles_with_trust(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"\x80\x02garbage")
+    with pytest.raises(CheckpointError, match="truncated, damaged"):
+        lmkan_deploy.load_checkpoint(tmp_path / "model.pt", trust_pickle=True)
+
+
+def test_pickle_of_a_class_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "user_models", raising=False)
+    with pytest.raises(CheckpointError, match="--arch-path"):
+        lmkan_deploy.load_checkpoint(DATA / "methane.pickled.pt", trust_pickle=True)
+
+
+# --- Exported programs run no code -------------------------------------------------------------------
+
+
+@pytest.fixture
+def program_file(tmp_path: Path) -> Path:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lmkan = LMKAN2DLayer(4, 4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lmkan(x.reshape(x.shape[0] // 2, 4))
+
+    program = torch.export.export(
+        Net().eval(), (torch.randn(8, 2),), dynamic_shapes=({0: 2 * torch.export.Dim("half")},)
+    )
+    torch.export.save(program, tmp_path / "model.pt2")
+    return tmp_path / "model.pt2"
+
+
+def rewrite(path: Path, change) -> None:
+    """Applies a function to every file of an archive."""
+    with zipfile.ZipFile(path) as archive:
+        files = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, change(name, content))
+
+
+def test_programs_with_symbolic_expressions_load(program_file: Path) -> None:
+    assert lmkan_deploy.load_checkpoint(program_file).kind == "exported program"
+
+
+@pytest.mark.parametrize("attack", ["expression", "target"])
+def test_programs_that_would_run_code_are_refused(attack: str, program_file: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "code-ran"
+    replacement = {
+        "expression": (b'"expr_str": "', f'"expr_str": "open(\'{marker}\', \'w\') or '.encode()),
+        "target": (b'"target": "torch.ops.lmkan.lookup2d.default"', b'"target": "torch.os.system"'),
+    }[attack]
+    changed = []
+
+    def change(name: str, content: bytes) -> bytes:
+        if name.endswith("model.json"):
+            changed.append(replacement[0] in content)
+            return content.replace(*replacement)
+        return content
+
+    rewrite(program_file, change)
+    assert changed == [True]
+    with pytest.raises(CheckpointError, match="registered operators"):
+        lmkan_deploy.load_checkpoint(program_file)
+    assert not marker.exists()
+
+
+def test_programs_with_pickled_inputs_are_refused(program_file: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "code-ran"
+    buffer = io.BytesIO()
+    torch.save(Malicious(str(marker)), buffer)
+    rewrite(program_file, lambda name, content: buffer.getvalue() if "sample_inputs" in name else content)
+    with pytest.raises(CheckpointError):
+        lmkan_deploy.load_checkpoint(program_file)
+    assert not marker.exists()
+
+
+def test_damaged_programs(program_file: Path) -> None:
+    rewrite(program_file, lambda name, content: content[:50] if name.endswith("model.json") else content)
+    with pytest.raises(CheckpointError, match="torch.export archive"):
+        lmkan_deploy.load_checkpoint(program_file)
+
+
+# --- Input shapes ------------------------------------------------------------------------------------
+
+
+def test_input_shapes_are_parsed() -> None:
+    spec = parse_input_shape("x:batch,4,8,8:float16")
+    assert (spec.name, spec.shape, spec.dtype) == ("x", ("batch", 4, 8, 8), "float16")
+    assert parse_input_shape("batch,12").name == ""
+    assert parse_input_shape("n,3:int64").dtype == "int64"
+    for text in ("", ",", "x:", "batch,-1", "batch,0", "a:b:c,1", "batch;12"):
+        with pytest.raises(CheckpointError, match="expected an input shape such as"):
+            parse_input_shape(text)
+
+
+def test_input_shapes_are_inferred_or_asked_for() -> None:
+    assert str(input_specs(make_stack(6, 3))[0]) == "x float32[batch, 6]"
+    patchnet = Architecture("user_models:PatchNet", DATA).build()
+    with pytest.raises(CheckpointError, match=r"does not take x float32\[batch, 16\].*--input-shape"):
+        input_specs(patchnet)
+
+    class Two(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+            return a + b
+
+    with pytest.raises(CheckpointError, match="can't infer the shapes of the inputs a, b"):
+        input_specs(Two())
+    specs = input_specs(Two(), [parse_input_shape("b:n,2"), parse_input_shape("n,3")])
+    assert [spec.name for spec in specs] == ["a", "b"]
+    with pytest.raises(CheckpointError, match="found none for b"):
+        input_specs(Two(), [parse_input_shape("n,3")])
+    with pytest.raises(CheckpointError, match="found c"):
+        input_specs(Two(), [parse_input_shape(t) for t in ("n,3", "n,3", "c:n,3")])
+    assert json.dumps(specs[0].shape) == '["n", 3]'

@@ -1,0 +1,103 @@
+"""Code that imports upstream's package, with and without it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lmkan_deploy
+from lmkan_deploy import Architecture, upstream
+from networks import UserModel
+
+# The attributes of upstream's layer; its forward needs a GPU, as on a machine without one.
+REAL_PACKAGE = '''
+import torch
+
+class LMKAN2DLayer(torch.nn.Module):
+    def __init__(self, num_grids, input_dim, output_dim, **tiles):
+        super().__init__()
+        self.num_grids, self.input_dim, self.output_dim = num_grids, input_dim, output_dim
+        shape = (num_grids + 1, num_grids + 1, output_dim, input_dim // 2)
+        self.func_parameter = torch.nn.Parameter(torch.zeros(shape))
+        self.register_buffer("borders", torch.zeros(num_grids + 1))
+
+    def forward(self, x):
+        raise RuntimeError("CUDA kernels called")
+'''
+
+
+@pytest.fixture
+def real_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site" / "lmKAN"
+    package.mkdir(parents=True)
+    (package / "lmKAN_2d.py").write_text(REAL_PACKAGE)
+    (package / "__init__.py").write_text("from .lmKAN_2d import LMKAN2DLayer\n")
+    monkeypatch.syspath_prepend(package.parent)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("lmKAN", "user_models")]:
+        monkeypatch.delitem(sys.modules, name)
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] in ("lmKAN", "user_models")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+def test_stand_in_exists_inside_the_block_alone() -> None:
+    assert not upstream.is_installed()
+    with upstream.stand_in():
+        from lmKAN import LMKAN2DLayer, utilities
+        from lmKAN.lmKAN_2d import LMKAN2DLayer as Same
+
+        assert LMKAN2DLayer is Same is upstream.LMKAN2DLayer
+        assert len(utilities.get_borders_cdf_grid(5)) == 6
+    assert "lmKAN" not in sys.modules
+    with pytest.raises(ModuleNotFoundError):
+        import lmKAN  # noqa: F401
+
+
+def test_the_real_package_wins(real_package: None) -> None:
+    assert upstream.is_installed()
+    with upstream.stand_in():
+        import lmKAN
+
+        assert lmKAN.LMKAN2DLayer is not upstream.LMKAN2DLayer
+    assert "lmKAN" in sys.modules
+
+
+def test_layers_of_the_real_package_are_exported(
+    real_package: None, user_model: UserModel, tmp_path: Path
+) -> None:
+    checkpoint = lmkan_deploy.load_checkpoint(user_model.state_dict, user_model.architecture)
+    assert not any(type(m).__module__.startswith("lmKAN") for m in checkpoint.module.modules())
+    with torch.no_grad():
+        y = checkpoint.module(torch.from_numpy(user_model.x)).numpy()
+    assert abs(y - user_model.y).max() < 1e-5 * abs(user_model.y).max()
+    result = lmkan_deploy.export(
+        user_model.state_dict,
+        tmp_path / "model.onnx",
+        architecture=user_model.architecture,
+        input_shapes=user_model.input_shapes,
+    )
+    assert len(result.info.layers) == user_model.num_lookups
+
+
+def test_a_layer_of_the_real_package_alone(real_package: None) -> None:
+    import lmKAN
+
+    layer = lmKAN.LMKAN2DLayer(5, 4, 3)
+    twin = upstream.replace_layers(layer)
+    assert isinstance(twin, upstream.LMKAN2DLayer)
+    assert twin.func_parameter is layer.func_parameter
+    assert twin(torch.randn(4, 2)).shape == (3, 2)
+
+
+def test_architectures_leave_the_import_path_as_it_was(user_model: UserModel) -> None:
+    before = list(sys.path)
+    with user_model.architecture.importable():
+        pass
+    with pytest.raises(lmkan_deploy.LmkanError):
+        Architecture("no_such_module:Net", user_model.architecture.path).build()
+    assert sys.path == before

@@ -1,0 +1,93 @@
+"""The comparator: it must find what is wrong, where, and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lmkan_deploy.runtime.tensors import Arrays, TensorSpec
+from lmkan_deploy.verification import random_cases, verify_runners
+
+
+class Fixed:
+    """Returns stored outputs."""
+
+    name = "fixed"
+
+    def __init__(self, outputs: Arrays) -> None:
+        self.inputs = [TensorSpec("x", ("n", 2), "float32")]
+        self.outputs: list[TensorSpec] = []
+        self._outputs = outputs
+
+    def run(self, feeds: Arrays) -> Arrays:
+        return self._outputs
+
+
+def compare(want: np.ndarray, got: np.ndarray, **options):
+    feeds = {"case": {"x": np.zeros((1, 2), np.float32)}}
+    return verify_runners({"case": {"y": want}}, [Fixed({"y": got})], feeds, **options)
+
+
+def test_equal_outputs_pass() -> None:
+    y = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+    result = compare(y, y.copy())
+    assert result.passed
+    assert result.comparisons[0].max_abs == 0
+    assert result.comparisons[0].elements == 12
+
+
+def test_the_first_bad_element_is_named() -> None:
+    y = np.ones((3, 4), np.float32)
+    bad = y.copy()
+    bad[1, 2], bad[2, 0] = 1.5, 2.0
+    comparison = compare(y, bad).comparisons[0]
+    assert not comparison.passed
+    assert comparison.first_bad == (1, 2)
+    assert comparison.first_bad_values == (1.0, 1.5)
+    assert comparison.max_abs == 1.0
+    assert comparison.max_rel == pytest.approx(0.5)
+    assert comparison.p50_abs == 0
+
+
+def test_the_tolerance_follows_the_type() -> None:
+    y = np.ones(4)
+    for dtype, small, large in ((np.float32, 1e-4, 1e-3), (np.float16, 1e-2, 1e-1)):
+        assert compare(y.astype(dtype), (y + small).astype(dtype)).passed
+        assert not compare(y.astype(dtype), (y + large).astype(dtype)).passed
+    assert not compare(y, y + 1e-6, rtol=1e-7).passed
+
+
+def test_small_elements_are_judged_by_the_size_of_the_output() -> None:
+    y = np.array([1e-9, 1.0], np.float32)
+    assert compare(y, y + np.array([1e-6, 0], np.float32)).passed
+    assert not compare(y * 0, y * 0 + 1e-30).passed  # an output that is all zeros has no size
+
+
+def test_values_that_are_not_finite() -> None:
+    y = np.array([np.nan, np.inf, 1.0])
+    assert compare(y, np.array([np.inf, np.nan, 1.0])).passed
+    for bad in (np.array([0.0, np.inf, 1.0]), np.array([np.nan, np.inf, np.nan])):
+        assert not compare(y, bad).passed
+
+
+def test_problems_are_failures() -> None:
+    y = np.ones((2, 3))
+    assert "found [3, 2]" in str(compare(y, y.T).comparisons[0].problem)
+    feeds = {"case": {"x": np.zeros((1, 2), np.float32)}}
+    missing = verify_runners({"case": {"z": y}}, [Fixed({"y": y})], feeds)
+    assert "expected an output z, found y" in str(missing.comparisons[0].problem)
+    wrong = verify_runners({"case": {"y": y}}, [Fixed({"y": y})], {"case": {"x": np.zeros((1, 3))}})
+    assert not wrong.passed
+    assert not verify_runners({}, [Fixed({"y": y})], {}).passed  # nothing compared is no success
+
+
+def test_empty_outputs_pass() -> None:
+    assert compare(np.zeros((0, 3)), np.zeros((0, 3))).passed
+
+
+def test_random_cases_cover_the_batch_sizes() -> None:
+    specs = [TensorSpec("x", ("n", 3), "float32"), TensorSpec("ids", ("n",), "int64")]
+    cases = random_cases(specs, sizes=[0, 5])
+    assert {name: case["x"].shape for name, case in cases.items()} == {"random 0": (0, 3), "random 5": (5, 3)}
+    assert cases["random 5"]["ids"].dtype == np.int64
+    assert list(random_cases([TensorSpec("x", (2, 3), "float32")])) == ["random"]
