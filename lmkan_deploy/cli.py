@@ -83,15 +83,22 @@ RuntimeOption = typer.Option(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lmkan-deploy {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def main_options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the release and exit.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the release and exit."),
+    ] = False,
 ) -> None:
+    """Options before the command."""
     _state["debug"] = debug
-    if version:
-        typer.echo(f"lmkan-deploy {__version__}")
-        raise typer.Exit
 
 
 # --- Commands ----------------------------------------------------------------------------------------

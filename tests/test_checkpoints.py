@@ -41,9 +41,7 @@ def test_state_dict(user_model: UserModel) -> None:
 
 
 def test_pickled_module(user_model: UserModel) -> None:
-    checkpoint = lmkan_deploy.load_checkpoint(
-        user_model.pickled, Architecture(path=DATA), trust_pickle=True
-    )
+    checkpoint = lmkan_deploy.load_checkpoint(user_model.pickled, Architecture(path=DATA), trust_pickle=True)
     assert checkpoint.kind == "pickled module"
     assert_close(outputs(checkpoint, user_model.x), user_model.y)
     layers = [m for m in checkpoint.module.modules() if isinstance(m, upstream.LMKAN2DLayer)]
@@ -61,7 +59,9 @@ def test_exported_program(user_model: UserModel, tmp_path: Path) -> None:
     assert_close(outputs(checkpoint, user_model.x), user_model.y)
 
 
-@pytest.mark.parametrize("wrap", ["plain", "state_dict", "model_state_dict", "model", "module.", "_orig_mod."])
+@pytest.mark.parametrize(
+    "wrap", ["plain", "state_dict", "model_state_dict", "model", "module.", "_orig_mod."]
+)
 def test_inferred_stack(wrap: str, tmp_path: Path) -> None:
     module = make_stack(6, 10, 4, 1)
     state = module.state_dict()
@@ -270,7 +270,7 @@ def test_programs_with_symbolic_expressions_load(program_file: Path) -> None:
 def test_programs_that_would_run_code_are_refused(attack: str, program_file: Path, tmp_path: Path) -> None:
     marker = tmp_path / "code-ran"
     replacement = {
-        "expression": (b'"expr_str": "', f'"expr_str": "open(\'{marker}\', \'w\') or '.encode()),
+        "expression": (b'"expr_str": "', f"\"expr_str\": \"open('{marker}', 'w') or ".encode()),
         "target": (b'"target": "torch.ops.lmkan.lookup2d.default"', b'"target": "torch.os.system"'),
     }[attack]
     changed = []

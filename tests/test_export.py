@@ -77,9 +77,7 @@ def test_a_stack_is_nothing_but_its_layers(stack: ExportedStack) -> None:
     assert [node.op_type for node in model.graph.node] == ["LMKAN2D", "BatchNormalization", "LMKAN2D"]
     assert [node.name for node in lookups(stack.onnx)] == ["0", "2"]
     table = next(t for t in model.graph.initializer if t.name == "0.table")
-    np.testing.assert_array_equal(
-        onnx.numpy_helper.to_array(table), stack.module[0].table.detach().numpy()
-    )
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(table), stack.module[0].table.detach().numpy())
     assert {o.domain: o.version for o in model.opset_import} == {"": 20, "lmkan": 1}
     assert [(f.domain, f.name) for f in model.functions] == [("lmkan", "LMKAN2D")]
     attributes = {a.name: a.s.decode() for a in lookups(stack.onnx)[0].attribute}
@@ -157,7 +155,9 @@ def test_several_inputs_and_outputs_keep_their_names(tmp_path: Path) -> None:
     assert [node.name for node in lookups(path)] == ["shared", "shared_2"]
     assert len({node.input[1] for node in lookups(path)}) == 1  # one table, used twice
     rng = np.random.default_rng(0)
-    feeds = {name: rng.standard_normal((size, 4)).astype(np.float32) for name, size in (("left", 3), ("right", 5))}
+    feeds = {
+        name: rng.standard_normal((size, 4)).astype(np.float32) for name, size in (("left", 3), ("right", 5))
+    }
     assert runner.run(feeds)["y1"].shape == (18,)
 
 

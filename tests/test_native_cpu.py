@@ -102,7 +102,10 @@ def test_a_row_does_not_depend_on_its_batch_or_on_the_tasks(isa: Isa) -> None:
     rng = np.random.default_rng(0)
     table = rng.standard_normal((9, 14, 14, 100)).astype(np.float32)
     x = rng.standard_normal((2500, 18)).astype(np.float32)
-    with make_table(table, isa=isa) as handle, make_table(table, isa=isa, ownership=Ownership.BORROW) as borrowed:
+    with (
+        make_table(table, isa=isa) as handle,
+        make_table(table, isa=isa, ownership=Ownership.BORROW) as borrowed,
+    ):
         whole = evaluate(handle, x, 100)
         for rows in (1, 2, 5, 6, 7, 64, 1024, 1025):
             np.testing.assert_array_equal(evaluate(handle, x[:rows], 100), whole[:rows])

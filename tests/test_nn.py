@@ -125,7 +125,9 @@ def test_convolution_is_the_layer_on_patches(
     y = conv(x)
     want = conv.layer(patches).transpose(1, 2).reshape(y.shape)
     torch.testing.assert_close(y, want)
-    reference = functional.conv2d(x, torch.zeros(4, channels, kernel, kernel), None, stride, padding, dilation)
+    reference = functional.conv2d(
+        x, torch.zeros(4, channels, kernel, kernel), None, stride, padding, dilation
+    )
     assert y.shape == reference.shape
 
 

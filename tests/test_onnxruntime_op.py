@@ -171,14 +171,18 @@ def test_a_table_that_is_an_input() -> None:
     "shape", [(5, 3, 3, 8), (5, 8, 7, 8), (5, 8, 8), (5, 8, 8, 8, 1), (0, 8, 8, 8), (5, 8, 8, 0)]
 )
 def test_bad_tables_are_refused_when_the_session_is_made(shape: tuple) -> None:
-    with pytest.raises(Exception, match=r'LMKAN2D node "layer7": expected table \[pairs.*found \[5|found \[0'):
+    with pytest.raises(
+        Exception, match=r'LMKAN2D node "layer7": expected table \[pairs.*found \[5|found \[0'
+    ):
         session(hand_made(np.zeros(shape, np.float32)))
 
 
 @pytest.mark.parametrize("shape", [(3, 9), (3, 11), (3, 0), (10, 3), (3, 2)])
 def test_bad_features_are_refused_at_run_time(shape: tuple) -> None:
     shared = session(hand_made(np.zeros((5, 8, 8, 4), np.float32)))
-    with pytest.raises(Exception, match=rf'"layer7": expected x \[..., 10\].*found \[{shape[0]}, {shape[1]}\]'):
+    with pytest.raises(
+        Exception, match=rf'"layer7": expected x \[..., 10\].*found \[{shape[0]}, {shape[1]}\]'
+    ):
         shared.run(None, {"x": np.zeros(shape, np.float32)})
     assert shared.run(None, {"x": np.zeros((2, 10), np.float32)})[0].shape == (2, 4)  # it still works
 

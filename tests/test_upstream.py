@@ -14,7 +14,7 @@ from lmkan_deploy import Architecture, upstream
 from networks import UserModel
 
 # The attributes of upstream's layer; its forward needs a GPU, as on a machine without one.
-REAL_PACKAGE = '''
+REAL_PACKAGE = """
 import torch
 
 class LMKAN2DLayer(torch.nn.Module):
@@ -27,7 +27,7 @@ class LMKAN2DLayer(torch.nn.Module):
 
     def forward(self, x):
         raise RuntimeError("CUDA kernels called")
-'''
+"""
 
 
 @pytest.fixture
