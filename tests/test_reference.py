@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from networks import DATA
 from lmkan_deploy.reference import lookup2d
 from lmkan_deploy.spec import grid_points
+from networks import DATA
 
 
 def test_golden_results() -> None:
