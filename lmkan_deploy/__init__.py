@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lmkan_deploy.version import __version__
 
 if TYPE_CHECKING:
-    from lmkan_deploy.api import ExportResult, export, inspect, run, verify
+    from lmkan_deploy.api import ExportResult, OptimizeResult, export, inspect, optimize, run, verify
     from lmkan_deploy.checkpoints import Architecture, load_checkpoint
     from lmkan_deploy.errors import LmkanError
     from lmkan_deploy.runtime.libraries import get_library_path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Architecture": "lmkan_deploy.checkpoints",
     "ExportResult": "lmkan_deploy.api",
+    "OptimizeResult": "lmkan_deploy.api",
     "LmkanError": "lmkan_deploy.errors",
     "Runner": "lmkan_deploy.runtime.runner",
     "export": "lmkan_deploy.api",
@@ -34,6 +35,7 @@ _HOME = {
     "inspect": "lmkan_deploy.api",
     "load_checkpoint": "lmkan_deploy.checkpoints",
     "load_runner": "lmkan_deploy.runtime.runner",
+    "optimize": "lmkan_deploy.api",
     "register_custom_ops": "lmkan_deploy.runtime.onnxruntime",
     "run": "lmkan_deploy.api",
     "verify": "lmkan_deploy.api",
@@ -44,6 +46,7 @@ __all__ = [
     "Architecture",
     "ExportResult",
     "LmkanError",
+    "OptimizeResult",
     "Runner",
     "__version__",
     "export",
@@ -51,6 +54,7 @@ __all__ = [
     "inspect",
     "load_checkpoint",
     "load_runner",
+    "optimize",
     "register_custom_ops",
     "run",
     "verify",

@@ -1,4 +1,4 @@
-"""The command line's verbs as functions: `export`, `verify`, `run`, `inspect`."""
+"""The command line's verbs as functions: `export`, `optimize`, `verify`, `run`, `inspect`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lmkan_deploy.checkpoints import Architecture, Checkpoint
+    from lmkan_deploy.converters.passes.base import Outcome, Pass
     from lmkan_deploy.runtime.pytorch import TorchRunner
 
 Progress = Callable[[str], None]
@@ -52,6 +53,8 @@ def export(
     input_shapes: Sequence[str] = (),
     trust_pickle: bool = False,
     opset: int | None = None,
+    passes: Sequence[str] | None = None,
+    without_passes: Sequence[str] = (),
     external_data: bool | None = None,
     check: bool = True,
     rtol: float | None = None,
@@ -68,6 +71,9 @@ def export(
         input_shapes: Such as `batch,12` or `x:batch,4,8,8`, where the shapes can't be inferred.
         trust_pickle: Whether the file may run code while it is loaded.
         opset: Version of ONNX's standard operators.
+        passes: Names of the graph passes to run; None for all. `lmkan_deploy.converters.passes.PASSES`
+            lists them.
+        without_passes: Names of passes to leave out; "all" leaves out every pass that can be.
         external_data: Whether weights get a file of their own; None decides by their size.
         check: Whether to compare ONNX Runtime with PyTorch, with the compiled operator and without.
         rtol: Allowed relative error of that comparison; None takes a default by type.
@@ -81,13 +87,15 @@ def export(
     """
     from lmkan_deploy.checkpoints import load_checkpoint
     from lmkan_deploy.converters.model_file import staged_model
+    from lmkan_deploy.converters.passes import select_passes
 
+    selected = select_passes(passes, without_passes)
     progress("loading the checkpoint")
     loaded = load_checkpoint(checkpoint, architecture, trust_pickle=trust_pickle)
     path = Path(output) if output is not None else Path(checkpoint).with_suffix(".onnx")
     progress("exporting to ONNX")
     specs = _input_specs(loaded, input_shapes)
-    model = _convert(loaded, specs, opset)
+    model = _convert(loaded, specs, opset, selected)
     model.metadata_props.update(_provenance(loaded, architecture, input_shapes))
     verification = None
     progress("writing")
@@ -95,6 +103,76 @@ def export(
         if check:
             verification = _verify_staged(staged, loaded, specs, model, rtol, progress)
     return ExportResult(path, loaded.kind, loaded.notes, verification, inspect_model(path))
+
+
+@dataclass(frozen=True)
+class OptimizeResult:
+    """What an optimization did.
+
+    Attributes:
+        path: The ONNX file written.
+        outcomes: Pass name -> what it did and refused.
+        nodes_before: Number of nodes of the model that was read.
+        nodes_after: Number of nodes of the model that was written.
+        verification: None where it was not asked for.
+    """
+
+    path: Path
+    outcomes: dict[str, Outcome]
+    nodes_before: int
+    nodes_after: int
+    verification: Verification | None
+
+
+def optimize(
+    model: str | Path,
+    output: str | Path,
+    *,
+    passes: Sequence[str] | None = None,
+    without_passes: Sequence[str] = (),
+    external_data: bool | None = None,
+    check: bool = True,
+    rtol: float | None = None,
+    progress: Progress = lambda _: None,
+) -> OptimizeResult:
+    """Runs the graph passes on an ONNX file that was exported earlier.
+
+    The file appears complete and verified against the one it came from, or not at all.
+
+    Args:
+        model: An ONNX file.
+        output: The ONNX file to write; may be the same.
+        passes: See `export`.
+        without_passes: See `export`.
+        external_data: See `export`.
+        check: Whether to compare the two models in ONNX Runtime.
+        rtol: See `export`.
+        progress: Called with a line at each step.
+
+    Raises:
+        ModelError: The file can't be read, run or written.
+        VerificationError: The new model gives other answers; nothing is written.
+    """
+    from lmkan_deploy.converters.model_file import load_model, staged_model
+    from lmkan_deploy.converters.passes import optimize as run_all
+    from lmkan_deploy.converters.passes import select_passes
+
+    selected = select_passes(passes, without_passes)
+    progress("loading")
+    graph = load_model(Path(model))
+    before = len(graph.graph)
+    progress("rewriting")
+    outcomes = run_all(graph, selected)
+    progress("writing")
+    verification = None
+    with staged_model(graph, Path(output), external_data=external_data) as staged:
+        if check:
+            reference = load_runner(model)
+            verification = verify_runners(
+                reference, [load_runner(staged)], random_cases(reference.inputs), rtol=rtol, progress=progress
+            )
+            _require(verification, "the optimized model differs from the original")
+    return OptimizeResult(Path(output), outcomes, before, len(graph.graph), verification)
 
 
 def verify(
@@ -199,13 +277,15 @@ def _input_specs(checkpoint: Checkpoint, input_shapes: Sequence[str]) -> list[Te
     return input_specs(checkpoint.module, [parse_input_shape(text) for text in input_shapes])
 
 
-def _convert(checkpoint: Checkpoint, specs: Sequence[TensorSpec], opset: int | None) -> ir.Model:
+def _convert(
+    checkpoint: Checkpoint, specs: Sequence[TensorSpec], opset: int | None, passes: Sequence[Pass]
+) -> ir.Model:
     from lmkan_deploy.converters.torch_to_onnx import DEFAULT_OPSET, program_to_onnx, to_onnx
 
     opset = DEFAULT_OPSET if opset is None else opset
     if checkpoint.program is not None:
-        return program_to_onnx(checkpoint.program, specs, opset=opset)
-    return to_onnx(checkpoint.module, specs, opset=opset)
+        return program_to_onnx(checkpoint.program, specs, opset=opset, passes=passes)
+    return to_onnx(checkpoint.module, specs, opset=opset, passes=passes)
 
 
 def _verify_staged(
@@ -219,14 +299,20 @@ def _verify_staged(
     reference = _torch_runner(checkpoint, specs, [str(value.name) for value in model.graph.outputs])
     runners = [load_runner(staged), load_runner(staged, "onnxruntime-function")]
     verification = verify_runners(reference, runners, random_cases(specs), rtol=rtol, progress=progress)
-    if not verification.passed:
-        worst = next(c for c in verification.comparisons if not c.passed)
-        raise VerificationError(
-            f"the exported model differs from PyTorch: {worst.runner}, {worst.case}, output {worst.output}: "
-            f"{worst.problem or f'relative error {worst.max_rel:.2e}, allowed {worst.rtol:.0e}'}; nothing was "
-            "written; pass --rtol to allow more, or --no-verify to look at the model"
-        )
+    _require(verification, "the exported model differs from PyTorch")
     return verification
+
+
+def _require(verification: Verification, what: str) -> None:
+    """Raises VerificationError with the first failed comparison, if there is one."""
+    if verification.passed:
+        return
+    worst = next(c for c in verification.comparisons if not c.passed)
+    raise VerificationError(
+        f"{what}: {worst.runner}, {worst.case}, output {worst.output}: "
+        f"{worst.problem or f'relative error {worst.max_rel:.2e}, allowed {worst.rtol:.0e}'}; nothing was "
+        "written; pass --rtol to allow more, or --no-verify to look at the model"
+    )
 
 
 def _torch_runner(

@@ -74,6 +74,22 @@ RelativeTolerance = Annotated[
         "float16, 5e-2 for bfloat16.",
     ),
 ]
+Passes = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--passes", metavar="NAME", help="Run only this graph pass. May be repeated. Default: all."),
+]
+NoPasses = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--no-passes", metavar="NAME", help="Leave out this graph pass, or all. May be repeated."),
+]
+ExternalData = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option(
+        "--external-data/--single-file",
+        help="Put weights into OUTPUT.data, or into the file itself. Default: by size, above 1 GiB.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 RuntimeOption = typer.Option(
@@ -123,14 +139,9 @@ def export(
         Optional[int],  # noqa: UP045
         typer.Option("--opset", min=18, help="Version of ONNX's standard operators. Default: 20."),
     ] = None,
-    external_data: Annotated[
-        Optional[bool],  # noqa: UP045
-        typer.Option(
-            "--external-data/--single-file",
-            help="Put weights into OUTPUT.data, or into the file itself. Default: by size, above 1 GiB.",
-            show_default=False,
-        ),
-    ] = None,
+    passes: Passes = None,
+    no_passes: NoPasses = None,
+    external_data: ExternalData = None,
     verify_result: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare ONNX Runtime with PyTorch before writing.")
     ] = True,
@@ -168,6 +179,8 @@ def export(
             input_shapes=input_shape or [],
             trust_pickle=trust_pickle,
             opset=opset,
+            passes=passes,
+            without_passes=no_passes or [],
             external_data=external_data,
             check=verify_result,
             rtol=rtol,
@@ -190,6 +203,49 @@ def export(
     from lmkan_deploy import report
 
     report.print_export(result)
+
+
+@app.command()
+def optimize(
+    model: Annotated[Path, typer.Argument(help="ONNX file.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="ONNX file to write; may be MODEL.", show_default=False)
+    ],
+    passes: Passes = None,
+    no_passes: NoPasses = None,
+    external_data: ExternalData = None,
+    verify_result: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the two models before writing.")
+    ] = True,
+    rtol: RelativeTolerance = None,
+    quiet: Quiet = False,
+) -> None:
+    """Rewrite a model that was exported earlier into the cheapest equal one.
+
+    Export does this already. The passes, in order: simplify-layout, fold-scale-shift, fold-linear-branch,
+    drop-constant-pairs; fold-table-transpose and clean-up always run.
+
+    **Example**
+
+        lmkan-deploy optimize model.onnx -o smaller.onnx
+    """
+    from lmkan_deploy import api
+
+    with _progress(quiet) as progress:
+        result = api.optimize(
+            model,
+            output,
+            passes=passes,
+            without_passes=no_passes or [],
+            external_data=external_data,
+            check=verify_result,
+            rtol=rtol,
+            progress=progress,
+        )
+    if not quiet:
+        from lmkan_deploy import report
+
+        report.print_optimization(result)
 
 
 @app.command()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lmkan_deploy.api import ExportResult
+from lmkan_deploy.api import ExportResult, OptimizeResult
 from lmkan_deploy.inspection import ModelInfo
 from lmkan_deploy.verification import Comparison, Verification
 
@@ -28,6 +30,22 @@ def print_export(result: ExportResult) -> None:
         worst[comparison.runner] = max(worst.get(comparison.runner, 0.0), comparison.max_rel)
     for runner, error in worst.items():
         _console.print(f"[green]verified[/] {runner} against PyTorch: largest relative error {error:.1e}")
+
+
+def print_optimization(result: OptimizeResult) -> None:
+    """What the passes did and what they left."""
+    _console.print(f"[bold]{result.path}[/]  {result.nodes_before} -> {result.nodes_after} nodes")
+    _print_passes({name: outcome.applied for name, outcome in result.outcomes.items()}, "")
+    _print_passes({name: outcome.refused for name, outcome in result.outcomes.items()}, "not ")
+    if result.verification is not None:
+        worst = max(comparison.max_rel for comparison in result.verification.comparisons)
+        _console.print(f"[green]verified[/] against the original: largest relative error {worst:.1e}")
+
+
+def _print_passes(lines: dict[str, list[str]], prefix: str) -> None:
+    for name, entries in lines.items():
+        for entry in entries:
+            _console.print(f"  {prefix}{name}: {entry}", markup=False, soft_wrap=True)
 
 
 def print_verification(result: Verification) -> None:
@@ -82,17 +100,26 @@ def print_model(info: ModelInfo) -> None:
     grid = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         grid.add_row(Text(name, "dim"), Text(value))
+    passes = {}
     for key, value in info.metadata.items():
-        grid.add_row(Text(key.removeprefix("lmkan_deploy."), "dim"), Text(value))
+        name = key.removeprefix("lmkan_deploy.")
+        if name.startswith("passes_"):
+            passes[name] = json.loads(value)
+        else:
+            grid.add_row(Text(name, "dim"), Text(value))
     _console.print(grid)
+    if any(passes.values()):
+        _console.print("[dim]passes[/]")
+        _print_passes(passes.get("passes_applied", {}), "")
+        _print_passes(passes.get("passes_refused", {}), "not ")
     _print_layers(info)
 
 
 def _print_layers(info: ModelInfo) -> None:
     table = Table()
     table.add_column("lookup layer")
-    for name in ("N_in", "N_out", "G", "parameters", "table", "multiply-adds/row"):
-        table.add_column(name, justify="right")
+    for name in ("N_in", "N_out", "G", "parameters", "table", "type", "mult-adds"):
+        table.add_column(name, justify="right", no_wrap=True)
     for layer in info.layers:
         table.add_row(
             layer.name,
@@ -100,7 +127,8 @@ def _print_layers(info: ModelInfo) -> None:
             str(layer.num_outputs),
             str(layer.num_grids),
             f"{layer.parameters:,}",
-            f"{_bytes(layer.table_bytes)} {layer.table_dtype}",
+            _bytes(layer.table_bytes),
+            layer.table_dtype,
             f"{layer.multiply_adds:,}",
         )
     if len(info.layers) > 1:
@@ -112,6 +140,7 @@ def _print_layers(info: ModelInfo) -> None:
             "",
             f"{sum(layer.parameters for layer in info.layers):,}",
             _bytes(sum(layer.table_bytes for layer in info.layers)),
+            "",
             f"{sum(layer.multiply_adds for layer in info.layers):,}",
         )
     _console.print(table if info.layers else "no lookup layers")

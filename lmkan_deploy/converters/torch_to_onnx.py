@@ -8,7 +8,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -18,11 +18,12 @@ from torch import nn
 from lmkan_deploy.checkpoints.input_shapes import example_inputs
 from lmkan_deploy.converters.onnx_function import (
     PLUGIN_ATTRIBUTES,
-    attach_function,
     is_lookup,
     operator_schema,
 )
-from lmkan_deploy.converters.passes import run_passes
+from lmkan_deploy.converters.passes import PASSES, optimize
+from lmkan_deploy.converters.passes.base import Pass
+from lmkan_deploy.converters.unfold import simplify_unfold
 from lmkan_deploy.errors import ExportError
 from lmkan_deploy.runtime.tensors import TensorSpec
 from lmkan_deploy.spec import DOMAIN, OP_TYPE, OPSET_VERSION
@@ -34,13 +35,20 @@ _TRACE_SIZE = 4
 """Size of the free axes while tracing; 0 and 1 are special to PyTorch."""
 
 
-def to_onnx(module: nn.Module, inputs: Sequence[TensorSpec], *, opset: int = DEFAULT_OPSET) -> ir.Model:
+def to_onnx(
+    module: nn.Module,
+    inputs: Sequence[TensorSpec],
+    *,
+    opset: int = DEFAULT_OPSET,
+    passes: Collection[Pass] = PASSES,
+) -> ir.Model:
     """Exports a network.
 
     Args:
         module: In eval mode.
         inputs: Its inputs in the order of its forward's parameters; free axes keep their names.
         opset: Version of ONNX's standard operators.
+        passes: Rewrites of the graph.
 
     Returns:
         The model, with passes applied and the operator's function attached.
@@ -59,11 +67,15 @@ def to_onnx(module: nn.Module, inputs: Sequence[TensorSpec], *, opset: int = DEF
             program = torch.export.export(module, examples, dynamic_shapes=_by_parameter(module, dynamic))
     except Exception as error:  # tracing runs the user's code, which may raise anything
         raise ExportError(f"PyTorch could not trace the network: {_first_lines(error)}") from error
-    return program_to_onnx(program, inputs, opset=opset)
+    return program_to_onnx(program, inputs, opset=opset, passes=passes)
 
 
 def program_to_onnx(
-    program: torch.export.ExportedProgram, inputs: Sequence[TensorSpec], *, opset: int = DEFAULT_OPSET
+    program: torch.export.ExportedProgram,
+    inputs: Sequence[TensorSpec],
+    *,
+    opset: int = DEFAULT_OPSET,
+    passes: Collection[Pass] = PASSES,
 ) -> ir.Model:
     """Exports a traced network; its free axes are those it was traced with.
 
@@ -71,6 +83,7 @@ def program_to_onnx(
         program: From `torch.export`.
         inputs: Its inputs, in order; their names, and the names of their free axes, are those of the model.
         opset: Version of ONNX's standard operators.
+        passes: Rewrites of the graph.
 
     Raises:
         ExportError: It uses an operator that ONNX lacks.
@@ -79,7 +92,7 @@ def program_to_onnx(
     try:
         with _quiet():
             onnx_program = torch.onnx.export(
-                program,
+                simplify_unfold(program),
                 dynamo=True,
                 opset_version=opset,
                 input_names=[spec.name for spec in inputs],
@@ -94,9 +107,7 @@ def program_to_onnx(
     _name_outputs(model)
     _name_lookups(model)
     _drop_trace_metadata(model)
-    applied = run_passes(model)
-    attach_function(model)
-    model.metadata_props["lmkan_deploy.passes"] = ", ".join(f"{k}: {v}" for k, v in applied.items())
+    optimize(model, passes)
     return model
 
 

@@ -1,33 +1,101 @@
 """Graph passes, one rewrite a file, in the order in which they run.
 
-A pass works on an `onnx_ir.Model` in place and says how many times it applied. All of them keep the
-function that the model computes.
+A pass works on an `onnx_ir.Model` in place and keeps the function that the model computes for finite
+inputs, up to one rounding of the table to float32. The passes run again until none applies, because one
+makes room for another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Collection
 
 import onnx_ir as ir
 
+from lmkan_deploy.converters.onnx_function import attach_function
+from lmkan_deploy.converters.passes.base import Outcome, Pass
 from lmkan_deploy.converters.passes.clean_up import clean_up
+from lmkan_deploy.converters.passes.drop_constant_pairs import drop_constant_pairs
+from lmkan_deploy.converters.passes.fold_linear_branch import fold_linear_branch
+from lmkan_deploy.converters.passes.fold_scale_shift import fold_scale_shift
 from lmkan_deploy.converters.passes.fold_table_transpose import fold_table_transpose
+from lmkan_deploy.converters.passes.simplify_layout import simplify_layout
+from lmkan_deploy.errors import ExportError
 
-PASSES: dict[str, Callable[[ir.Model], int]] = {
-    "fold-table-transpose": fold_table_transpose,
-    "clean-up": clean_up,
-}
-"""Name on the command line and in metadata -> pass; the value returned is the number of applications."""
+PASSES = (
+    Pass("fold-table-transpose", "transposed weights become tables", fold_table_transpose),
+    Pass("clean-up", "nodes that compute nothing, and what nothing uses, go", clean_up),
+    Pass("simplify-layout", "chains of reshapes and transposes become the shortest ones", simplify_layout),
+    Pass("fold-scale-shift", "BatchNorm, factors and biases go into the table before them", fold_scale_shift),
+    Pass("fold-linear-branch", "linear and ReLU-first branches go into the table", fold_linear_branch),
+    Pass("drop-constant-pairs", "pairs whose functions are constant go", drop_constant_pairs),
+)
+
+_ALWAYS = ("fold-table-transpose", "clean-up")
+"""What a readable model needs; not a matter of choice."""
 
 
-def run_passes(model: ir.Model) -> dict[str, int]:
-    """Runs all passes in order.
+def select_passes(only: Collection[str] | None = None, without: Collection[str] = ()) -> list[Pass]:
+    """Passes by name.
+
+    Args:
+        only: Names to run; None for all.
+        without: Names to leave out; "all" leaves out every pass that can be left out.
+
+    Raises:
+        ExportError: A name is unknown.
+    """
+    names = [item.name for item in PASSES]
+    for name in (*(only or ()), *without):
+        if name not in names and name != "all":
+            raise ExportError(f"expected a pass of {', '.join(names)}, found {name!r}")
+    return [
+        item
+        for item in PASSES
+        if item.name in _ALWAYS
+        or (
+            (only is None or item.name in only or "all" in only)
+            and item.name not in without
+            and "all" not in without
+        )
+    ]
+
+
+def run_passes(model: ir.Model, passes: Collection[Pass] = PASSES) -> dict[str, Outcome]:
+    """Runs passes until none applies.
 
     Args:
         model: Changed in place.
+        passes: What to run, in this order.
 
     Returns:
-        Pass name -> number of applications, for those that applied.
+        Pass name -> what it did in all rounds, and what it refused in the last one.
     """
-    applied = {name: run(model) for name, run in PASSES.items()}
-    return {name: count for name, count in applied.items() if count}
+    outcomes = {item.name: Outcome() for item in passes}
+    changed = True
+    while changed:
+        changed = False
+        for item in passes:
+            outcome = item.run(model)
+            outcomes[item.name].applied += outcome.applied
+            outcomes[item.name].refused = outcome.refused
+            changed = changed or bool(outcome.applied)
+    return outcomes
+
+
+def optimize(model: ir.Model, passes: Collection[Pass] = PASSES) -> dict[str, Outcome]:
+    """Runs passes, attaches the function, and notes in the metadata what was done.
+
+    Args:
+        model: Changed in place.
+        passes: What to run.
+
+    Returns:
+        What each pass did.
+    """
+    outcomes = run_passes(model, passes)
+    attach_function(model)
+    for kind in ("applied", "refused"):
+        lines = {name: getattr(outcome, kind) for name, outcome in outcomes.items() if getattr(outcome, kind)}
+        model.metadata_props[f"lmkan_deploy.passes_{kind}"] = json.dumps(lines)
+    return outcomes

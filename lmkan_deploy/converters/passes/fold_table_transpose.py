@@ -9,28 +9,28 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from lmkan_deploy.converters.onnx_function import is_lookup
+from lmkan_deploy.converters.passes.base import Outcome, is_op, lookups, name_of
 
 
-def fold_table_transpose(model: ir.Model) -> int:
+def fold_table_transpose(model: ir.Model) -> Outcome:
     """Folds transposes between an initializer and a lookup node's table input."""
+    outcome = Outcome()
     folded: dict[ir.Value, ir.Value] = {}
-    for node in model.graph.all_nodes():
-        if not is_lookup(node):
-            continue
+    for node in lookups(model):
         table = node.inputs[1]
         source = None if table is None else _transposed_initializer(table)
         if table is None or source is None:
             continue
         if table not in folded:
             folded[table] = _add_transposed(model.graph, table, source)
+            outcome.applied.append(name_of(node))
         node.replace_input_with(1, folded[table])
-    return len(folded)
+    return outcome
 
 
 def _transposed_initializer(table: ir.Value) -> ir.Value | None:
     node = table.producer()
-    if node is None or node.op_type != "Transpose" or node.domain not in ("", "ai.onnx"):
+    if node is None or not is_op(node, "Transpose"):
         return None
     source = node.inputs[0]
     return (

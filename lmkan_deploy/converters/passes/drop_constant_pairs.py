@@ -1,0 +1,66 @@
+"""Pairs of features whose functions are all constant -> a constant in another pair's table.
+
+Such a pair comes from pruning or from features that never varied in training. Where the features come out
+of another lookup layer, that layer stops computing them; elsewhere they are cut out of x.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from lmkan_deploy.converters.onnx_function import is_lookup
+from lmkan_deploy.converters.passes.base import (
+    Outcome,
+    add_constant,
+    float32_table,
+    lookups,
+    name_of,
+    replace_table,
+    used_once,
+)
+
+
+def drop_constant_pairs(model: ir.Model) -> Outcome:
+    """Drops the constant pairs of every layer; one pair always stays."""
+    outcome = Outcome()
+    for node in lookups(model):
+        table = float32_table(node)
+        if table is None:
+            continue
+        flat = table.reshape(len(table), -1, table.shape[-1])
+        is_constant = (flat == flat[:, :1]).all(axis=(1, 2))
+        if is_constant.all():
+            is_constant[0] = False
+        if not is_constant.any():
+            continue
+        kept = np.flatnonzero(~is_constant)
+        extra = flat[is_constant, 0].astype(np.float64).sum(axis=0) / len(kept)
+        replace_table(model.graph, node, (table[kept].astype(np.float64) + extra).astype(np.float32))
+        features = (2 * kept[:, None] + np.arange(2)).reshape(-1)
+        _keep_features(model.graph, node, features)
+        outcome.applied.append(f"{name_of(node)}: {int(is_constant.sum())} of {len(table)} pairs")
+    return outcome
+
+
+def _keep_features(graph: ir.Graph, node: ir.Node, features: np.ndarray) -> None:
+    x = node.inputs[0]
+    assert x is not None
+    source = x.producer()
+    if source is not None and is_lookup(source) and used_once(x):
+        table = float32_table(source)
+        if table is not None:
+            replace_table(graph, source, table[..., features])
+            if x.shape is not None:
+                x.shape = ir.Shape([*x.shape[:-1], len(features)])
+            return
+    name = f"{name_of(node)}.features"
+    gather = ir.node(
+        "Gather", [x, add_constant(graph, name, features.astype(np.int64))], {"axis": -1}, name=name
+    )
+    gather.outputs[0].name = f"{name}.kept"
+    gather.outputs[0].type = x.type
+    if x.shape is not None:
+        gather.outputs[0].shape = ir.Shape([*x.shape[:-1], len(features)])
+    graph.insert_before(node, gather)
+    node.replace_input_with(0, gather.outputs[0])

@@ -1,0 +1,148 @@
+"""lookup(x) + Linear(x), and lookup(x) + Linear(ReLU(x)) -> the table.
+
+A bilinear function reproduces a linear one exactly, tails included, so a linear branch folds for every G.
+ReLU is piecewise linear with its kink at 0: it folds exactly when 0 is a grid point, that is for even G.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lmkan_deploy.converters.onnx_function import is_lookup
+from lmkan_deploy.converters.passes.base import (
+    Outcome,
+    bypass,
+    constant,
+    float32_table,
+    is_op,
+    name_of,
+    replace_table,
+    used_once,
+)
+from lmkan_deploy.spec import grid_points
+
+
+@dataclass(frozen=True)
+class Linear:
+    """features @ weight + bias.
+
+    Attributes:
+        features: What the branch takes, after the ReLU's removal.
+        relu: Whether there was one.
+        weight: float64 [N_in, N_out].
+        bias: float64 [N_out].
+    """
+
+    features: ir.Value
+    relu: bool
+    weight: NDArray[np.float64]
+    bias: NDArray[np.float64]
+
+
+def fold_linear_branch(model: ir.Model) -> Outcome:
+    """Folds every such branch that is exact to fold."""
+    outcome = Outcome()
+    for node in list(model.graph):
+        if not is_op(node, "Add"):
+            continue
+        for lookup_side, linear_side in (tuple(node.inputs), tuple(reversed(node.inputs))):
+            lookup = None if lookup_side is None else lookup_side.producer()
+            if lookup_side is None or linear_side is None or lookup is None or not is_lookup(lookup):
+                continue
+            branch = _linear(linear_side)
+            if branch is None or branch.features is not lookup.inputs[0]:
+                continue
+            reason = _why_not(lookup, lookup_side, branch)
+            form = "Linear(ReLU(x))" if branch.relu else "Linear(x)"
+            if reason:
+                outcome.refused.append(f"{name_of(lookup)}: {form} stays: {reason}")
+                break
+            table = float32_table(lookup)
+            assert table is not None
+            replace_table(model.graph, lookup, _with_branch(table, branch))
+            bypass(node, lookup_side)
+            outcome.applied.append(f"{name_of(lookup)}: {form}")
+            break
+    return outcome
+
+
+def _why_not(lookup: ir.Node, output: ir.Value, branch: Linear) -> str | None:
+    table = float32_table(lookup)
+    if table is None:
+        return "the table is not a float32 constant"
+    if branch.weight.shape != (2 * table.shape[0], table.shape[3]):
+        return f"its weight is {list(branch.weight.shape)}"
+    if not used_once(output):
+        return "the layer's output is used elsewhere too"
+    num_grids = table.shape[1] - 1
+    if branch.relu and num_grids % 2 == 1:
+        return f"G = {num_grids} is odd, so 0 is not a grid point"
+    return None
+
+
+def _with_branch(table: NDArray[np.float32], branch: Linear) -> NDArray[np.float32]:
+    grid = grid_points(table.shape[1] - 1)
+    values = np.maximum(grid, 0.0) if branch.relu else grid
+    result = np.empty_like(table)
+    for pair in range(len(table)):
+        first, second = branch.weight[2 * pair], branch.weight[2 * pair + 1]
+        result[pair] = (
+            table[pair].astype(np.float64)
+            + values[:, None, None] * first
+            + values[None, :, None] * second
+            + branch.bias / len(table)
+        )
+    return result
+
+
+def _linear(value: ir.Value) -> Linear | None:
+    """The linear function that a value is, if it is one."""
+    node = value.producer()
+    if node is None:
+        return None
+    if is_op(node, "Gemm"):
+        return _gemm(node)
+    if is_op(node, "Add"):
+        for product, other in (tuple(node.inputs), tuple(reversed(node.inputs))):
+            bias = constant(other)
+            if product is None or bias is None or not is_op(product.producer(), "MatMul"):
+                continue
+            inner = _linear(product)
+            if inner is not None and bias.size in (1, inner.weight.shape[1]) and bias.ndim <= 1:
+                total = inner.bias + bias.astype(np.float64)
+                return Linear(inner.features, inner.relu, inner.weight, total)
+        return None
+    if is_op(node, "MatMul"):
+        weight = constant(node.inputs[1])
+        if weight is None or weight.ndim != 2 or node.inputs[0] is None:
+            return None
+        return _before_relu(node.inputs[0], weight.astype(np.float64), np.zeros(weight.shape[1]))
+    return None
+
+
+def _gemm(node: ir.Node) -> Linear | None:
+    features, weight_value, *rest = node.inputs
+    weight = constant(weight_value)
+    if features is None or weight is None or node.attributes.get_int("transA", 0) != 0:
+        return None
+    weight = weight.astype(np.float64) * node.attributes.get_float("alpha", 1.0)
+    if node.attributes.get_int("transB", 0) != 0:
+        weight = weight.T
+    bias = np.zeros(weight.shape[1])
+    if rest and rest[0] is not None:
+        array = constant(rest[0])
+        if array is None or array.size not in (1, weight.shape[1]):
+            return None
+        bias = bias + array.astype(np.float64).reshape(-1) * node.attributes.get_float("beta", 1.0)
+    return _before_relu(features, weight, bias)
+
+
+def _before_relu(features: ir.Value, weight: NDArray[np.float64], bias: NDArray[np.float64]) -> Linear:
+    node = features.producer()
+    if node is not None and is_op(node, "Relu") and node.inputs[0] is not None:
+        return Linear(node.inputs[0], True, weight, bias)
+    return Linear(features, False, weight, bias)

@@ -1,0 +1,181 @@
+"""Scale and shift of each output after a lookup layer -> its table.
+
+The four corner weights always sum to 1, in the tails too, so a constant c added to an output is c/P in every
+table entry of each of the P pairs, and a factor is a factor of every entry. This covers BatchNorm in
+inference, γ, and biases; reshapes and transposes may stand between, as after a convolution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lmkan_deploy.converters.onnx_function import is_lookup
+from lmkan_deploy.converters.passes.base import (
+    Outcome,
+    bypass,
+    constant,
+    float32_table,
+    is_op,
+    name_of,
+    replace_table,
+    static_shape,
+    used_once,
+)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """data * scale + shift along one axis of data.
+
+    Attributes:
+        data: What is scaled and shifted.
+        scale: float64, one value or one for each index of the axis.
+        shift: The same.
+        axis: None when scale and shift are single values.
+    """
+
+    data: ir.Value
+    scale: NDArray[np.float64]
+    shift: NDArray[np.float64]
+    axis: int | None
+
+
+def fold_scale_shift(model: ir.Model) -> Outcome:
+    """Folds what can be folded, one operator after the other."""
+    outcome = Outcome()
+    for node in list(model.graph):
+        affine = _affine(node)
+        if affine is None:
+            continue
+        found = _find_lookup(affine.data, affine.axis)
+        if found is None:
+            continue
+        lookup, reason = found
+        table = float32_table(lookup)
+        if table is None:
+            reason = reason or "the table is not a float32 constant"
+        size = max(affine.scale.size, affine.shift.size)
+        if table is not None and size not in (1, table.shape[-1]):
+            reason = reason or f"it has {size} values for {table.shape[-1]} outputs"
+        if reason:
+            outcome.refused.append(f"{name_of(lookup)}: {node.op_type} stays: {reason}")
+            continue
+        assert table is not None
+        replace_table(model.graph, lookup, _scaled(table, affine.scale, affine.shift))
+        bypass(node, affine.data)
+        outcome.applied.append(f"{name_of(lookup)}: {node.op_type}")
+    return outcome
+
+
+def _scaled(
+    table: NDArray[np.float32], scale: NDArray[np.float64], shift: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    result = np.empty_like(table)
+    for pair in range(len(table)):  # pair by pair, since float64 of a whole table may be too much
+        result[pair] = table[pair].astype(np.float64) * scale + shift / len(table)
+    return result
+
+
+def _affine(node: ir.Node) -> Affine | None:
+    if is_op(node, "BatchNormalization"):
+        return _batch_norm(node)
+    if not is_op(node, "Mul", "Add", "Sub", "Div") or len(node.inputs) != 2:
+        return None
+    left, right = node.inputs
+    assert left is not None
+    assert right is not None
+    for data, other in ((left, right), (right, left)):
+        array = constant(other)
+        if array is None or not np.issubdtype(array.dtype, np.floating):
+            continue
+        axis = _broadcast_axis(data, array.shape)
+        if axis == "no":
+            return None
+        values = array.astype(np.float64).reshape(-1)
+        zero, one = np.zeros(1), np.ones(1)
+        index = None if axis is None else int(axis)
+        if node.op_type == "Mul":
+            return Affine(data, values, zero, index)
+        if node.op_type == "Add":
+            return Affine(data, one, values, index)
+        if node.op_type == "Sub":
+            return Affine(data, one, -values, index) if data is left else Affine(data, -one, values, index)
+        if data is left:
+            return Affine(data, 1.0 / values, zero, index)
+    return None
+
+
+def _batch_norm(node: ir.Node) -> Affine | None:
+    data, *parameters = node.inputs
+    if data is None or node.attributes.get_int("training_mode", 0) != 0 or len(node.outputs) != 1:
+        return None
+    arrays = [constant(value) for value in parameters]
+    if len(arrays) != 4 or any(array is None for array in arrays):
+        return None
+    gamma, beta, mean, variance = (np.asarray(array, np.float64) for array in arrays)
+    scale = gamma / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
+    return Affine(data, scale, beta - mean * scale, 1)
+
+
+def _broadcast_axis(data: ir.Value, shape: tuple[int, ...]) -> int | str | None:
+    """Axis of data along which a constant varies; None for a single value, "no" where there is no such axis."""
+    if prod(shape) == 1:
+        data_rank = None if data.shape is None else len(data.shape)
+        return None if len(shape) <= (data_rank if data_rank is not None else 0) else "no"
+    axes = [axis for axis, size in enumerate(shape) if size != 1]
+    if data.shape is None or len(axes) != 1 or len(shape) > len(data.shape):
+        return "no"
+    axis = axes[0] + len(data.shape) - len(shape)
+    return axis if data.shape[axis] == shape[axes[0]] else "no"
+
+
+def _find_lookup(value: ir.Value, axis: int | None) -> tuple[ir.Node, str | None] | None:
+    """The lookup whose outputs lie along `axis` of a value, and why it can't be changed, if it can't."""
+    reason = None
+    while True:
+        node = value.producer()
+        if node is None:
+            return None
+        if not used_once(value):
+            reason = "the layer's output is used elsewhere too"
+        if is_lookup(node):
+            rank = None if value.shape is None else len(value.shape)
+            is_last = axis is None or (rank is not None and axis == rank - 1)
+            return (node, reason) if is_last else None
+        if (
+            is_op(node, "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
+            and node.inputs[0] is not None
+        ):
+            axis = axis if axis is None else _axis_before(node, axis)
+            if axis == -1:
+                return None
+            value = node.inputs[0]
+            continue
+        return None
+
+
+def _axis_before(node: ir.Node, axis: int) -> int:
+    """The input's axis that is an output's axis of a layout operator; -1 when none is."""
+    source, result = static_shape(node.inputs[0]), static_shape(node.outputs[0])
+    if is_op(node, "Transpose"):
+        permutation = node.attributes.get_ints("perm", ())
+        return int(permutation[axis]) if permutation else -1
+    if source is None or result is None:
+        return -1
+    # The same axis: of the same size, with as many elements behind it.
+    behind = result[axis + 1 :]
+    if result[axis] is None or any(size is None for size in behind):
+        return -1
+    wanted = prod(size for size in behind if size is not None)
+    for candidate in range(len(source) - 1, -1, -1):
+        rest = source[candidate + 1 :]
+        if any(size is None for size in rest):
+            return -1
+        if source[candidate] == result[axis] and prod(size for size in rest if size is not None) == wanted:
+            return candidate
+    return -1
