@@ -368,9 +368,7 @@ def test_shorter_chains_are_equal(chain: tuple[list[int], list[tuple[str, list[i
     rewritten = ir.serde.serialize_model(model)
     left = [node.op_type for node in rewritten.graph.node if node.op_type != "Identity"]
     assert bool(outcome.applied) == (len(left) < len(proto.graph.node))
-    if 1 not in shape:  # axes of one element may cost a reshape more than they are worth
-        assert left.count("Transpose") <= 1
-        assert left.count("Reshape") <= 2
+    assert not outcome.applied or len(left) <= 3
     x = np.arange(batch * int(np.prod(shape))).reshape(batch, *shape)
     if batch == 0:  # the original itself may not accept an empty batch
         return

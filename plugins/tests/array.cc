@@ -108,6 +108,8 @@ void Array::SetBits(int64_t index, uint32_t bits) {
   std::memcpy(at(index), &narrow, sizeof narrow);
 }
 
+void Array::Fill(unsigned char byte) { std::fill(bytes_.begin(), bytes_.end(), byte); }
+
 std::vector<double> Array::ToDoubles() const {
   std::vector<double> values(static_cast<size_t>(size_));
   for (int64_t i = 0; i < size_; ++i) values[i] = Get(i);

@@ -53,6 +53,9 @@ class Array {
   uint32_t GetBits(int64_t index) const;
   void SetBits(int64_t index, uint32_t bits);
 
+  // Sets every byte.
+  void Fill(unsigned char byte);
+
   std::vector<double> ToDoubles() const;
 
  private:

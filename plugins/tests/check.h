@@ -23,8 +23,8 @@ void Pass();
 
 // Checks a condition; a format and its values say in which case it was checked. Evaluates to the
 // condition.
-#define LMKAN_EXPECT(condition, ...)                                                     \
-  ((condition) ? (::lmkan::test::Pass(), true)                                           \
+#define LMKAN_EXPECT(condition, ...)           \
+  ((condition) ? (::lmkan::test::Pass(), true) \
                : (::lmkan::test::Fail(__FILE__, __LINE__, #condition, __VA_ARGS__), false))
 
 #endif  // LMKAN_TESTS_CHECK_H_

@@ -40,7 +40,8 @@ GuardedMemory::GuardedMemory(Placement placement, size_t num_bytes) : num_bytes_
   }
   const size_t page = PageBytes();
   pages_bytes_ = (num_bytes + page - 1) / page * page;
-  void* memory = mmap(nullptr, pages_bytes_ + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* memory =
+      mmap(nullptr, pages_bytes_ + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) Stop("mmap");
   pages_ = static_cast<unsigned char*>(memory) + page;
   if (mprotect(pages_, pages_bytes_, PROT_READ | PROT_WRITE) != 0) Stop("mprotect");

@@ -85,10 +85,9 @@ Reference Evaluate(const Shape& shape, const std::vector<double>& x,
       const Position first = Locate(grid, x1);
       const Position second = Locate(grid, x2);
       // In the wrong cell the line of the neighbour is followed, over this part of a cell at most.
-      const double border =
-          4 * largest *
-          (first.border * (std::fabs(1 - second.d) + std::fabs(second.d)) +
-           second.border * (std::fabs(1 - first.d) + std::fabs(first.d)));
+      const double border = 4 * largest *
+                            (first.border * (std::fabs(1 - second.d) + std::fabs(second.d)) +
+                             second.border * (std::fabs(1 - first.d) + std::fabs(first.d)));
       for (int corner = 0; corner < 4; ++corner) {
         const int64_t up1 = corner / 2;
         const int64_t up2 = corner % 2;

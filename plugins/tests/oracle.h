@@ -18,9 +18,7 @@ struct Shape {
 
   int64_t x_size() const { return rows * 2 * num_pairs; }
   int64_t y_size() const { return rows * num_outputs; }
-  int64_t table_size() const {
-    return num_pairs * (num_grids + 1) * (num_grids + 1) * num_outputs;
-  }
+  int64_t table_size() const { return num_pairs * (num_grids + 1) * (num_grids + 1) * num_outputs; }
   std::string ToString() const;
 };
 
