@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(shell find plugins -type f)
 
-.PHONY: setup test lint format demo wheel clean
+.PHONY: setup test bench lint format demo wheel clean
 
 setup: $(VENV)/.installed
 
@@ -19,6 +19,14 @@ test: setup ## All tests of Python and C++.
 demo: setup ## Trains, exports, verifies and serves a small network on real data.
 	$(BIN)/python examples/methane/demo.py
 
+bench: setup ## Timings, ratios and plots in build/bench/.
+	$(BIN)/pip install --quiet -c constraints.txt --editable '.[bench]'
+	mkdir -p build/bench
+	$(CXX) -O3 -std=c++17 benchmarks/load_bandwidth.cc -o build/bench/load_bandwidth
+	build/bench/load_bandwidth > build/bench/bandwidth.json
+	$(BIN)/python -m pytest benchmarks --quiet --benchmark-json build/bench/timings.json $(BENCH)
+	$(BIN)/python benchmarks/report.py build/bench/timings.json build/bench/bandwidth.json build/bench
+
 wheel: setup ## A wheel in dist/.
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
@@ -26,12 +34,12 @@ lint: setup ## Formatting, lint and types.
 	$(BIN)/pip install --quiet -c constraints.txt --editable '.[lint]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find plugins examples -name '*.cc' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(find plugins examples benchmarks -name '*.cc' -o -name '*.h' -o -name '*.c')
 
 format: setup
 	$(BIN)/pip install --quiet -c constraints.txt --editable '.[lint]'
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find plugins examples -name '*.cc' -o -name '*.h')
+	$(BIN)/clang-format -i $$(find plugins examples benchmarks -name '*.cc' -o -name '*.h' -o -name '*.c')
 
 clean:
 	rm -rf $(VENV) build dist

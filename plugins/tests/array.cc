@@ -28,7 +28,7 @@ Format FormatOf(lmkan_dtype dtype) {
 
 }  // namespace
 
-const char* Name(lmkan_dtype dtype) {
+const char* DtypeName(lmkan_dtype dtype) {
   return dtype == LMKAN_FLOAT32 ? "float32" : dtype == LMKAN_FLOAT16 ? "float16" : "bfloat16";
 }
 

@@ -15,7 +15,7 @@ namespace lmkan::test {
 
 inline constexpr lmkan_dtype kDtypes[] = {LMKAN_FLOAT32, LMKAN_FLOAT16, LMKAN_BFLOAT16};
 
-const char* Name(lmkan_dtype dtype);
+const char* DtypeName(lmkan_dtype dtype);
 
 size_t ElementSize(lmkan_dtype dtype);
 

@@ -25,7 +25,7 @@ lmkan_status TryIsa(lmkan_isa isa, std::string* name_or_message) {
 
 }  // namespace
 
-const char* Name(lmkan_isa isa) {
+const char* IsaName(lmkan_isa isa) {
   switch (isa) {
     case LMKAN_ISA_PORTABLE:
       return "portable";
@@ -38,7 +38,9 @@ const char* Name(lmkan_isa isa) {
   }
 }
 
-const char* Name(lmkan_ownership ownership) { return ownership == LMKAN_COPY ? "copy" : "borrow"; }
+const char* OwnershipName(lmkan_ownership ownership) {
+  return ownership == LMKAN_COPY ? "copy" : "borrow";
+}
 
 bool ProcessorHas(lmkan_isa isa) {
   if (isa == LMKAN_ISA_PORTABLE) return true;
@@ -61,8 +63,8 @@ TableHandle CreateTable(const Shape& shape, lmkan_dtype dtype, const void* data,
   const lmkan_status status =
       lmkan_cpu_table_create(&desc, ownership, isa, &table, message, sizeof message);
   LMKAN_EXPECT(status == LMKAN_OK && table != nullptr, "status %d for %s, %s, %s, %s: %s",
-               static_cast<int>(status), shape.ToString().c_str(), Name(dtype), Name(ownership),
-               Name(isa), message);
+               static_cast<int>(status), shape.ToString().c_str(), DtypeName(dtype),
+               OwnershipName(ownership), IsaName(isa), message);
   return TableHandle(table);
 }
 
@@ -83,18 +85,19 @@ bool Lookup(const lmkan_cpu_table* table, lmkan_dtype dtype, const void* x, void
 
 int RunForIsa(int argc, char** argv, const std::function<void(lmkan_isa)>& test) {
   for (const lmkan_isa isa : kIsas) {
-    if (argc != 2 || std::strcmp(argv[1], Name(isa)) != 0) continue;
+    if (argc != 2 || std::strcmp(argv[1], IsaName(isa)) != 0) continue;
     std::string answer;
     const lmkan_status status = TryIsa(isa, &answer);
     if (!ProcessorHas(isa)) {
       LMKAN_EXPECT(status == LMKAN_UNSUPPORTED && !answer.empty(), "status %d, \"%s\" for %s",
-                   static_cast<int>(status), answer.c_str(), Name(isa));
+                   static_cast<int>(status), answer.c_str(), IsaName(isa));
       const int result = Finish();
-      std::printf("%s is not supported by the processor: its kernels were not tested\n", Name(isa));
+      std::printf("%s is not supported by the processor: its kernels were not tested\n",
+                  IsaName(isa));
       return result == 0 ? kSkipped : result;
     }
-    if (LMKAN_EXPECT(status == LMKAN_OK && answer == Name(isa), "status %d, \"%s\" for %s",
-                     static_cast<int>(status), answer.c_str(), Name(isa))) {
+    if (LMKAN_EXPECT(status == LMKAN_OK && answer == IsaName(isa), "status %d, \"%s\" for %s",
+                     static_cast<int>(status), answer.c_str(), IsaName(isa))) {
       test(isa);
     }
     return Finish();
@@ -105,8 +108,8 @@ int RunForIsa(int argc, char** argv, const std::function<void(lmkan_isa)>& test)
 
 std::string Describe(lmkan_isa isa, lmkan_dtype table_dtype, lmkan_dtype x_dtype,
                      lmkan_ownership ownership) {
-  return std::string(Name(isa)) + ", table " + Name(table_dtype) + ", x " + Name(x_dtype) + ", " +
-         Name(ownership);
+  return std::string(IsaName(isa)) + ", table " + DtypeName(table_dtype) + ", x " +
+         DtypeName(x_dtype) + ", " + OwnershipName(ownership);
 }
 
 }  // namespace lmkan::test

@@ -21,8 +21,8 @@ using TableHandle = std::unique_ptr<lmkan_cpu_table, DestroyTable>;
 
 inline constexpr lmkan_ownership kOwnerships[] = {LMKAN_COPY, LMKAN_BORROW};
 
-const char* Name(lmkan_isa isa);
-const char* Name(lmkan_ownership ownership);
+const char* IsaName(lmkan_isa isa);
+const char* OwnershipName(lmkan_ownership ownership);
 
 // Whether this processor, and a build for it, has an instruction set.
 bool ProcessorHas(lmkan_isa isa);

@@ -28,27 +28,28 @@ extern "C" {
 /* Raised with every incompatible change of this header. */
 #define LMKAN_ABI_VERSION 1
 
-typedef enum lmkan_status {
+/* The types are integers, so that any number that a caller passes has a meaning here, if only that
+ * of an invalid argument. */
+typedef int32_t lmkan_status;
+enum {
   LMKAN_OK = 0,
   LMKAN_INVALID_ARGUMENT = 1, /* the message says which one, what was expected, what was found */
   LMKAN_OUT_OF_MEMORY = 2,
   LMKAN_UNSUPPORTED = 3 /* the processor lacks the requested instruction set */
-} lmkan_status;
+};
 
-typedef enum lmkan_dtype { LMKAN_FLOAT32 = 0, LMKAN_FLOAT16 = 1, LMKAN_BFLOAT16 = 2 } lmkan_dtype;
+typedef int32_t lmkan_dtype;
+enum { LMKAN_FLOAT32 = 0, LMKAN_FLOAT16 = 1, LMKAN_BFLOAT16 = 2 };
 
 /* Instruction sets; AUTO takes the best one that the processor has. */
-typedef enum lmkan_isa {
-  LMKAN_ISA_AUTO = 0,
-  LMKAN_ISA_PORTABLE = 1,
-  LMKAN_ISA_AVX2 = 2,
-  LMKAN_ISA_AVX512 = 3
-} lmkan_isa;
+typedef int32_t lmkan_isa;
+enum { LMKAN_ISA_AUTO = 0, LMKAN_ISA_PORTABLE = 1, LMKAN_ISA_AVX2 = 2, LMKAN_ISA_AVX512 = 3 };
 
 /* COPY repacks the table for the kernels and lets go of the caller's memory. BORROW reads the
  * caller's memory where its layout allows that (no copy, somewhat slower lookups); the caller keeps
  * it alive and unchanged for the life of the handle. */
-typedef enum lmkan_ownership { LMKAN_COPY = 0, LMKAN_BORROW = 1 } lmkan_ownership;
+typedef int32_t lmkan_ownership;
+enum { LMKAN_COPY = 0, LMKAN_BORROW = 1 };
 
 /* A table, [num_pairs][num_grids + 1][num_grids + 1][num_outputs], contiguous. */
 typedef struct lmkan_table_desc {

@@ -1,22 +1,26 @@
 // accumulate and store for one instruction set, written once over a vector type.
 //
 // A kernel file defines its vector type V (in an anonymous namespace: the same template compiled
-// for two instruction sets must never be merged by the linker) and instantiates Accumulate<V, T>:
-//   V::kLanes                 float32 values in a vector
+// for two instruction sets must never be merged by the linker) and instantiates the templates:
+//   V::kLanes                 float32 values in a vector, a multiple of 4
 //   V::Reg                    the register type
-//   V::Zero()  V::Broadcast(const float*)
+//   V::Zero()  V::One()
 //   V::Load(const float*)     and Load(const Float16*), Load(const BFloat16*): widen to float32
-//   V::Store(float*, Reg)
-//   V::MultiplyAdd(a, b, c)   a * b + c
+//   V::Store(float*, Reg)     and Store(Float16*, ...), Store(BFloat16*, ...): to nearest even
+//   V::LoadFour(const float*) four values, repeated in every quarter of four lanes
+//   V::Repeat<i>(Reg)         lane i of each quarter in all four lanes of that quarter
+//   V::Add  V::Subtract  V::Multiply  V::MultiplyAdd(a, b, c) = a * b + c
 //
-// Every path adds up the corners of an output in the same order (pairs ascending, corners in the
-// order of CellRecord), so a row's result depends neither on the batch it came in nor on how the
+// Every path adds up an output in the same order (the corners of a pair in the table's order, then
+// the pairs ascending), so a row's result depends neither on the batch it came in nor on how the
 // work was split.
 #ifndef LMKAN_KERNELS_CPU_ACCUMULATE_H_
 #define LMKAN_KERNELS_CPU_ACCUMULATE_H_
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
+#include <utility>
 
 #include "float16.h"
 #include "kernel.h"
@@ -24,108 +28,218 @@
 namespace lmkan::cpu {
 namespace {
 
-// Below this many rows the sums stay in registers over all pairs; from it on, the pairs of a group
-// stay in the cache over all rows.
-inline constexpr int64_t kFewRows = 6;
+// Compilers give up on inlining when a template has many instances; a call would spill the sums.
+#if defined(_MSC_VER)
+#define LMKAN_ALWAYS_INLINE __forceinline
+#else
+#define LMKAN_ALWAYS_INLINE inline __attribute__((always_inline))
+#endif
 
-// Adds the contribution of one pair to the sums of kVectors * V::kLanes outputs.
-template <class V, class T, int kVectors>
-inline void AddPair(const T* corner, int64_t cell_stride, int64_t line_stride,
-                    const CellRecord& record, int pair, typename V::Reg (&sums)[kVectors]) {
-  const T* rows[4] = {corner, corner + cell_stride, corner + line_stride,
-                      corner + line_stride + cell_stride};
-  for (int c = 0; c < 4; ++c) {
-    const typename V::Reg weight = V::Broadcast(&record.weight[c][pair]);
-    for (int v = 0; v < kVectors; ++v) {
-      sums[v] = V::MultiplyAdd(weight, V::Load(rows[c] + v * V::kLanes), sums[v]);
-    }
-  }
+inline constexpr int64_t kCacheLine = 64;
+
+// Asks for memory that the next pass reads; it may be any address.
+inline void PrefetchToL2(uintptr_t address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
+#else
+  (void)address;
+#endif
 }
 
-// All rows, kPairs pairs of one group.
+// Fetches the next pass's slice a few lines a row, or a row's corners of it.
+template <class T>
+class Prefetcher {
+ public:
+  explicit Prefetcher(const AccumulateArgs& args)
+      : address_(reinterpret_cast<uintptr_t>(args.next_slices)),
+        lines_(args.next_slices == nullptr || args.next_records != nullptr ? 0 : LinesOfRow(args)),
+        record_(args.next_slices == nullptr ? nullptr : args.next_records),
+        pairs_(args.next_pairs),
+        strides_(args.strides) {}
+
+  LMKAN_ALWAYS_INLINE void Row() {
+    for (int64_t i = 0; i < lines_; ++i, address_ += kCacheLine) PrefetchToL2(address_);
+    if (record_ == nullptr) return;
+    for (int64_t p = 0; p < pairs_; ++p) Corners(p);
+    ++record_;
+  }
+
+ private:
+  static int64_t LinesOfRow(const AccumulateArgs& args) {
+    const int64_t lines = (args.next_bytes + kCacheLine - 1) / kCacheLine;
+    return (lines + args.rows - 1) / args.rows;
+  }
+
+  LMKAN_ALWAYS_INLINE void Corners(int64_t pair) const {
+    const int64_t first = pair * strides_.pair + record_->cell[pair] * strides_.cell;
+    for (const int64_t line : {int64_t{0}, strides_.line}) {
+      for (const int64_t cell : {int64_t{0}, strides_.cell}) {
+        PrefetchToL2(address_ + static_cast<uintptr_t>(first + line + cell) * sizeof(T));
+      }
+    }
+  }
+
+  uintptr_t address_;
+  int64_t lines_;
+  const CellRecord* record_;
+  int64_t pairs_;
+  TableStrides strides_;
+};
+
+// The corner weights of a record. Lane p of each quarter belongs to the group's pair p: one
+// register serves four pairs, and a shuffle spreads one pair's weight. The load ports are the
+// bottleneck, so that is cheaper than a broadcast load for each weight.
+template <class V>
+struct Weights {
+  LMKAN_ALWAYS_INLINE explicit Weights(const CellRecord& record) {
+    const typename V::Reg d1 = V::LoadFour(record.position1);
+    const typename V::Reg d2 = V::LoadFour(record.position2);
+    const typename V::Reg e1 = V::Subtract(V::One(), d1);
+    const typename V::Reg e2 = V::Subtract(V::One(), d2);
+    corner[0] = V::Multiply(e1, e2);
+    corner[1] = V::Multiply(e1, d2);
+    corner[2] = V::Multiply(d1, e2);
+    corner[3] = V::Multiply(d1, d2);
+  }
+  typename V::Reg corner[4];
+};
+
+// Adds pair kPair of a group to the sums of kVectors * V::kLanes outputs.
+template <class V, class T, int kPair, int kVectors>
+LMKAN_ALWAYS_INLINE void AddPair(const T* first_corner, const TableStrides& strides,
+                                 const Weights<V>& weights, typename V::Reg (&sums)[kVectors]) {
+  const T* corners[4] = {first_corner, first_corner + strides.cell, first_corner + strides.line,
+                         first_corner + strides.line + strides.cell};
+  // Apart from the sums, so that the pairs wait for one another only in the last addition.
+  typename V::Reg values[kVectors];
+  const typename V::Reg first_weight = V::template Repeat<kPair>(weights.corner[0]);
+  for (int v = 0; v < kVectors; ++v) {
+    values[v] = V::Multiply(first_weight, V::Load(corners[0] + v * V::kLanes));
+  }
+  for (int c = 1; c < 4; ++c) {
+    const typename V::Reg weight = V::template Repeat<kPair>(weights.corner[c]);
+    for (int v = 0; v < kVectors; ++v) {
+      values[v] = V::MultiplyAdd(weight, V::Load(corners[c] + v * V::kLanes), values[v]);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) sums[v] = V::Add(sums[v], values[v]);
+}
+
+// Adds the pairs kPair... of a group.
+template <class V, class T, int kVectors, int... kPair>
+LMKAN_ALWAYS_INLINE void AddPairs(const T* slices, const TableStrides& strides,
+                                  const CellRecord& record, typename V::Reg (&sums)[kVectors],
+                                  std::integer_sequence<int, kPair...>) {
+  const Weights<V> weights(record);
+  (AddPair<V, T, kPair>(slices + kPair * strides.pair + record.cell[kPair] * strides.cell, strides,
+                        weights, sums),
+   ...);
+}
+
+// Adds the first kPairs pairs of a group.
+template <class V, class T, int kPairs, int kVectors>
+LMKAN_ALWAYS_INLINE void AddGroup(const T* slices, const TableStrides& strides,
+                                  const CellRecord& record, typename V::Reg (&sums)[kVectors]) {
+  AddPairs<V, T>(slices, strides, record, sums, std::make_integer_sequence<int, kPairs>());
+}
+
+// One group of pairs, all rows.
 template <class V, class T, int kVectors, int kPairs>
-void AccumulateGroup(const AccumulateArgs& args, int64_t group, int64_t column) {
-  const T* slices =
-      static_cast<const T*>(args.slices) + group * kGroupPairs * args.pair_stride + column;
-  const CellRecord* records = args.records + group * args.rows;
-  float* out = args.sums + column;
-  for (int64_t r = 0; r < args.rows; ++r, out += args.width) {
-    const CellRecord& record = records[r];
+void AccumulateGroup(const AccumulateArgs& args) {
+  const T* slices = static_cast<const T*>(args.slices);
+  const TableStrides strides = args.strides;
+  Prefetcher<T> prefetcher(args);
+  const CellRecord* record = args.records;
+  // Copies, because the compiler must assume that the stores below change args.
+  const bool is_first = args.is_first;
+  const int64_t rows = args.rows;
+  float* out = args.sums;
+  for (int64_t r = 0; r < rows; ++r, ++record, out += kVectors * V::kLanes) {
     typename V::Reg sums[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      sums[v] = group == 0 ? V::Zero() : V::Load(out + v * V::kLanes);
+      sums[v] = is_first ? V::Zero() : V::Load(out + v * V::kLanes);
     }
-    for (int p = 0; p < kPairs; ++p) {
-      AddPair<V, T, kVectors>(slices + p * args.pair_stride + record.cell[p] * args.cell_stride,
-                              args.cell_stride, args.line_stride, record, p, sums);
-    }
+    AddGroup<V, T, kPairs>(slices, strides, *record, sums);
     for (int v = 0; v < kVectors; ++v) V::Store(out + v * V::kLanes, sums[v]);
+    // After the row, not before it: its loads come first.
+    prefetcher.Row();
   }
 }
 
-// One row, all pairs.
+// One row, all groups.
 template <class V, class T, int kVectors>
-void AccumulateRow(const AccumulateArgs& args, int64_t row, int64_t column) {
+void AccumulateRow(const AccumulateRowArgs& args) {
   typename V::Reg sums[kVectors];
   for (int v = 0; v < kVectors; ++v) sums[v] = V::Zero();
-  const T* slice = static_cast<const T*>(args.slices) + column;
-  for (int64_t pair = 0; pair < args.num_pairs; ++pair, slice += args.pair_stride) {
-    const CellRecord& record = args.records[pair / kGroupPairs * args.rows + row];
-    const int p = static_cast<int>(pair % kGroupPairs);
-    AddPair<V, T, kVectors>(slice + record.cell[p] * args.cell_stride, args.cell_stride,
-                            args.line_stride, record, p, sums);
-  }
-  float* out = args.sums + row * args.width + column;
-  for (int v = 0; v < kVectors; ++v) V::Store(out + v * V::kLanes, sums[v]);
-}
-
-template <class V, class T, int kVectors>
-void AccumulateColumns(const AccumulateArgs& args, int64_t column) {
-  if (args.rows < kFewRows) {
-    for (int64_t r = 0; r < args.rows; ++r) AccumulateRow<V, T, kVectors>(args, r, column);
-    return;
-  }
-  const int64_t full_groups = args.num_pairs / kGroupPairs;
-  for (int64_t g = 0; g < full_groups; ++g) {
-    AccumulateGroup<V, T, kVectors, kGroupPairs>(args, g, column);
+  const T* slices = static_cast<const T*>(args.slices);
+  const CellRecord* record = args.records;
+  const TableStrides strides = args.strides;
+  for (int64_t g = args.num_pairs / kGroupPairs; g > 0; --g) {
+    AddGroup<V, T, kGroupPairs>(slices, strides, *record, sums);
+    slices += kGroupPairs * strides.pair;
+    record += args.record_stride;
   }
   switch (args.num_pairs % kGroupPairs) {
     case 1:
-      return AccumulateGroup<V, T, kVectors, 1>(args, full_groups, column);
+      AddGroup<V, T, 1>(slices, strides, *record, sums);
+      break;
     case 2:
-      return AccumulateGroup<V, T, kVectors, 2>(args, full_groups, column);
+      AddGroup<V, T, 2>(slices, strides, *record, sums);
+      break;
     case 3:
-      return AccumulateGroup<V, T, kVectors, 3>(args, full_groups, column);
+      AddGroup<V, T, 3>(slices, strides, *record, sums);
+      break;
     default:
-      return;
+      break;
+  }
+  for (int v = 0; v < kVectors; ++v) V::Store(args.sums + v * V::kLanes, sums[v]);
+}
+
+template <class V, class T, int kVectors>
+void AccumulateGroupOf(const AccumulateArgs& args) {
+  switch (args.num_pairs) {
+    case 1:
+      return AccumulateGroup<V, T, kVectors, 1>(args);
+    case 2:
+      return AccumulateGroup<V, T, kVectors, 2>(args);
+    case 3:
+      return AccumulateGroup<V, T, kVectors, 3>(args);
+    default:
+      return AccumulateGroup<V, T, kVectors, kGroupPairs>(args);
   }
 }
 
-// Splits a block into runs of vectors that fit the registers.
+// Calls function with `vectors`, 1 ... kMost, as a compile-time constant.
+template <int kMost, class Function>
+inline void WithVectors(int64_t vectors, const Function& function) {
+  if constexpr (kMost > 1) {
+    if (vectors < kMost) return WithVectors<kMost - 1>(vectors, function);
+  }
+  function(std::integral_constant<int, kMost>());
+}
+
 template <class V, class T>
 void Accumulate(const AccumulateArgs& args) {
-  constexpr int kWidest = kMaxBlockOutputs / V::kLanes < 8 ? kMaxBlockOutputs / V::kLanes : 8;
-  int64_t column = 0;
-  for (; column + kWidest * V::kLanes <= args.width; column += kWidest * V::kLanes) {
-    AccumulateColumns<V, T, kWidest>(args, column);
-  }
-  int64_t vectors = (args.width - column) / V::kLanes;
-  if (vectors >= 4) {
-    AccumulateColumns<V, T, 4>(args, column);
-    column += 4 * V::kLanes;
-    vectors -= 4;
-  }
-  if (vectors == 3) return AccumulateColumns<V, T, 3>(args, column);
-  if (vectors == 2) return AccumulateColumns<V, T, 2>(args, column);
-  if (vectors == 1) return AccumulateColumns<V, T, 1>(args, column);
+  WithVectors<kMaxBlockOutputs / V::kLanes>(args.width / V::kLanes, [&args](auto vectors) {
+    AccumulateGroupOf<V, T, decltype(vectors)::value>(args);
+  });
 }
 
-template <class T>
+template <class V, class T>
+void AccumulateOneRow(const AccumulateRowArgs& args) {
+  WithVectors<kMaxBlockOutputs / V::kLanes>(args.width / V::kLanes, [&args](auto vectors) {
+    AccumulateRow<V, T, decltype(vectors)::value>(args);
+  });
+}
+
+template <class V, class T>
 void StoreRows(const StoreArgs& args) {
+  const int64_t whole = args.outputs / V::kLanes * V::kLanes;
   const float* sums = args.sums;
   T* y = static_cast<T*>(args.y);
   for (int64_t r = 0; r < args.rows; ++r, sums += args.width, y += args.y_stride) {
-    for (int64_t o = 0; o < args.outputs; ++o) FromFloat(sums[o], y + o);
+    for (int64_t o = 0; o < whole; o += V::kLanes) V::Store(y + o, V::Load(sums + o));
+    for (int64_t o = whole; o < args.outputs; ++o) FromFloat(sums[o], y + o);
   }
 }
 

@@ -1,5 +1,4 @@
-// find_cells with AVX2 and FMA; the AVX-512 kernels use it too. One vector holds four pairs of a
-// row.
+// find_cells with AVX2 and FMA; the AVX-512 kernels use it too. A vector holds four pairs of a row.
 #ifndef LMKAN_KERNELS_CPU_FIND_CELLS_AVX2_H_
 #define LMKAN_KERNELS_CPU_FIND_CELLS_AVX2_H_
 
@@ -45,64 +44,106 @@ inline __m256 ExpNonPositive(__m256 x) {
 // Constants of a grid, in registers.
 struct GridRegisters {
   explicit GridRegisters(const Grid& grid)
-      : points(grid.points),
-        inverse_widths(grid.inverse_widths),
+      : cells(grid.cells),
         num_grids(_mm256_set1_ps(static_cast<float>(grid.num_grids))),
         last_cell(_mm256_set1_epi32(grid.num_grids - 1)),
         line(_mm_set1_epi32(grid.num_grids + 1)) {}
 
-  const float* points;
-  const float* inverse_widths;
+  const GridCell* cells;
   __m256 num_grids;
   __m256i last_cell;
   __m128i line;  // cells between (i1, i2) and (i1 + 1, i2)
 };
 
-// Cells and weights of four pairs from their eight features.
-inline void FindFourCells(const GridRegisters& grid, __m256 x, CellRecord* record) {
+// {point, inverse_width} of cells first and second.
+inline __m128 LoadTwoCells(const GridCell* cells, int32_t first, int32_t second) {
+  const __m128 low = _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(cells + first)));
+  return _mm_loadh_pi(low, reinterpret_cast<const __m64*>(cells + second));
+}
+
+// Rows of one group that go through the steps together. Step by step and not row by row, because a
+// row's steps wait for one another: a processor sees only a few rows ahead, but many of one step's.
+// Their records are neighbours in memory, so that a tile fills whole cache lines.
+inline constexpr int64_t kTileRows = 16;
+
+struct Tile {
+  alignas(32) float x[kTileRows][2 * kGroupPairs];
+  alignas(32) int32_t cell[kTileRows][2 * kGroupPairs];
+};
+
+// Cells of eight features.
+inline __m256i FindEightCells(const GridRegisters& grid, __m256 x) {
   const __m256 sign_bit = _mm256_set1_ps(-0.0f);
-  const __m256 tail =
-      _mm256_mul_ps(_mm256_set1_ps(0.5f), ExpNonPositive(_mm256_or_ps(x, sign_bit)));
+  const __m256 exponential = ExpNonPositive(_mm256_or_ps(x, sign_bit));
+  const __m256 tail = _mm256_mul_ps(_mm256_set1_ps(0.5f), exponential);
   const __m256 positive = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ);
   const __m256 level = _mm256_blendv_ps(tail, _mm256_sub_ps(_mm256_set1_ps(1.0f), tail), positive);
   // tail is finite and at least 0 even for NaN, so the conversion can't leave the range of int32.
-  __m256i cell = _mm256_cvttps_epi32(_mm256_mul_ps(level, grid.num_grids));
-  cell = _mm256_min_epi32(cell, grid.last_cell);
-  const __m256 position = _mm256_mul_ps(_mm256_sub_ps(x, _mm256_i32gather_ps(grid.points, cell, 4)),
-                                        _mm256_i32gather_ps(grid.inverse_widths, cell, 4));
+  const __m256i cell = _mm256_cvttps_epi32(_mm256_mul_ps(level, grid.num_grids));
+  return _mm256_min_epi32(cell, grid.last_cell);
+}
 
+// Positions of eight features inside their cells. Loads of whole cells cost less than gathers.
+inline __m256 FindEightPositions(const GridCell* cells, const float* x, const int32_t* i) {
+  const __m256 even = _mm256_insertf128_ps(_mm256_castps128_ps256(LoadTwoCells(cells, i[0], i[1])),
+                                           LoadTwoCells(cells, i[4], i[5]), 1);
+  const __m256 odd = _mm256_insertf128_ps(_mm256_castps128_ps256(LoadTwoCells(cells, i[2], i[3])),
+                                          LoadTwoCells(cells, i[6], i[7]), 1);
+  const __m256 point = _mm256_shuffle_ps(even, odd, _MM_SHUFFLE(2, 0, 2, 0));
+  const __m256 inverse_width = _mm256_shuffle_ps(even, odd, _MM_SHUFFLE(3, 1, 3, 1));
+  return _mm256_mul_ps(_mm256_sub_ps(_mm256_load_ps(x), point), inverse_width);
+}
+
+// Eight features are x1 and x2 of four pairs by turns; a record holds all x1 before all x2.
+inline void WriteRecord(const GridRegisters& grid, __m256i cell, __m256 position,
+                        CellRecord* record) {
   const __m256i first_then_second = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
   const __m256i cells = _mm256_permutevar8x32_epi32(cell, first_then_second);
-  const __m256 positions = _mm256_permutevar8x32_ps(position, first_then_second);
-  const __m128 d1 = _mm256_castps256_ps128(positions);
-  const __m128 d2 = _mm256_extractf128_ps(positions, 1);
-  const __m128 one = _mm_set1_ps(1.0f);
-  const __m128 e1 = _mm_sub_ps(one, d1);
-  const __m128 e2 = _mm_sub_ps(one, d2);
   const __m128i index = _mm_add_epi32(_mm_mullo_epi32(_mm256_castsi256_si128(cells), grid.line),
                                       _mm256_extracti128_si256(cells, 1));
   _mm_store_si128(reinterpret_cast<__m128i*>(record->cell), index);
-  _mm_store_ps(record->weight[0], _mm_mul_ps(e1, e2));
-  _mm_store_ps(record->weight[1], _mm_mul_ps(e1, d2));
-  _mm_store_ps(record->weight[2], _mm_mul_ps(d1, e2));
-  _mm_store_ps(record->weight[3], _mm_mul_ps(d1, d2));
+  _mm256_storeu_ps(record->position1, _mm256_permutevar8x32_ps(position, first_then_second));
+}
+
+inline void FindTile(const GridRegisters& grid, int64_t rows, Tile* tile, CellRecord* records) {
+  for (int64_t r = 0; r < rows; ++r) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(tile->cell[r]),
+                       FindEightCells(grid, _mm256_load_ps(tile->x[r])));
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    WriteRecord(grid, _mm256_load_si256(reinterpret_cast<const __m256i*>(tile->cell[r])),
+                FindEightPositions(grid.cells, tile->x[r], tile->cell[r]), records + r);
+  }
+}
+
+// Widens `features` features of each row; the rest of a tile's eight are 0.
+template <class T>
+inline void LoadTile(const T* x, int64_t stride, int64_t features, int64_t rows, Tile* tile) {
+  constexpr int64_t kFeatures = 2 * kGroupPairs;
+  for (int64_t r = 0; r < rows; ++r, x += stride) {
+    // The next tile's row: rows are too far apart for the processor to foresee.
+    _mm_prefetch(reinterpret_cast<const char*>(x) + kTileRows * stride * sizeof(T), _MM_HINT_T0);
+    if (features >= kFeatures) {
+      _mm256_store_ps(tile->x[r], LoadEight(x));
+      continue;
+    }
+    for (int64_t i = 0; i < kFeatures; ++i) tile->x[r][i] = i < features ? ToFloat(x[i]) : 0.0f;
+  }
 }
 
 template <class T>
 void FindCellsAvx2(const FindCellsArgs& args) {
-  constexpr int kFeatures = 2 * kGroupPairs;
+  constexpr int64_t kFeatures = 2 * kGroupPairs;
   const GridRegisters grid(args.grid);
-  const T* x = static_cast<const T*>(args.x);
-  const int64_t full = args.num_features / kFeatures;
-  const int64_t rest = args.num_features % kFeatures;
-  for (int64_t r = 0; r < args.rows; ++r, x += args.num_features) {
-    for (int64_t g = 0; g < full; ++g) {
-      FindFourCells(grid, LoadEight(x + g * kFeatures), &args.records[g * args.rows + r]);
-    }
-    if (rest != 0) {
-      T padded[kFeatures] = {};
-      for (int64_t i = 0; i < rest; ++i) padded[i] = x[full * kFeatures + i];
-      FindFourCells(grid, LoadEight(padded), &args.records[full * args.rows + r]);
+  const int64_t groups = (args.num_features + kFeatures - 1) / kFeatures;
+  Tile tile;
+  for (int64_t first = 0; first < args.rows; first += kTileRows) {
+    const int64_t rows = args.rows - first < kTileRows ? args.rows - first : kTileRows;
+    const T* x = static_cast<const T*>(args.x) + first * args.num_features;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t features = args.num_features - g * kFeatures;
+      LoadTile(x + g * kFeatures, args.num_features, features, rows, &tile);
+      FindTile(grid, rows, &tile, args.records + g * args.rows + first);
     }
   }
 }

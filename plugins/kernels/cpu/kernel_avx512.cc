@@ -1,5 +1,6 @@
 // Kernels for processors with AVX-512 F, BW, DQ and VL. This file alone is compiled for them.
 #include "accumulate.h"
+#include "avx2_vector.h"
 #include "find_cells_avx2.h"
 
 namespace lmkan::cpu {
@@ -9,28 +10,43 @@ struct Avx512Vector {
   static constexpr int kLanes = 16;
   using Reg = __m512;
   static Reg Zero() { return _mm512_setzero_ps(); }
-  static Reg Broadcast(const float* value) { return _mm512_set1_ps(*value); }
+  static Reg One() { return _mm512_set1_ps(1.0f); }
   static Reg Load(const float* values) { return _mm512_loadu_ps(values); }
-  static Reg Load(const Float16* values) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
-  }
-  static Reg Load(const BFloat16* values) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-  }
+  static Reg LoadFour(const float* values) { return _mm512_broadcast_f32x4(_mm_load_ps(values)); }
   static void Store(float* out, Reg reg) { _mm512_storeu_ps(out, reg); }
+  template <int kLane>
+  static Reg Repeat(Reg reg) {
+    return _mm512_permute_ps(reg, kLane * 0x55);
+  }
+  static Reg Add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static Reg Subtract(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+  static Reg Multiply(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static Reg MultiplyAdd(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
 };
+
+// Vectors of 16 for the widest blocks, which belong to small tables. Elsewhere vectors of 8 are
+// faster: blocks of 16 outputs leave too few vectors of 16, and widening 16 halves at once is slow.
+void AccumulateFloats(const AccumulateArgs& args) {
+  if (args.width == kMaxBlockOutputs) return Accumulate<Avx512Vector, float>(args);
+  Accumulate<Avx2Vector, float>(args);
+}
+
+void AccumulateOneRowOfFloats(const AccumulateRowArgs& args) {
+  if (args.width == kMaxBlockOutputs) return AccumulateOneRow<Avx512Vector, float>(args);
+  AccumulateOneRow<Avx2Vector, float>(args);
+}
 
 }  // namespace
 
 const KernelSet kAvx512Kernels = {
     "avx512",
-    Avx512Vector::kLanes,
+    Avx2Vector::kLanes,
+    true,
     {FindCellsAvx2<float>, FindCellsAvx2<Float16>, FindCellsAvx2<BFloat16>},
-    {Accumulate<Avx512Vector, float>, Accumulate<Avx512Vector, Float16>,
-     Accumulate<Avx512Vector, BFloat16>},
-    {StoreRows<float>, StoreRows<Float16>, StoreRows<BFloat16>},
+    {AccumulateFloats, Accumulate<Avx2Vector, Float16>, Accumulate<Avx2Vector, BFloat16>},
+    {AccumulateOneRowOfFloats, AccumulateOneRow<Avx2Vector, Float16>,
+     AccumulateOneRow<Avx2Vector, BFloat16>},
+    {StoreRows<Avx2Vector, float>, StoreRows<Avx2Vector, Float16>, StoreRows<Avx2Vector, BFloat16>},
 };
 
 }  // namespace lmkan::cpu

@@ -13,13 +13,31 @@ struct PortableVector {
     float lane[kLanes];
   };
   static Reg Zero() { return {}; }
-  static Reg Broadcast(const float* value) { return {{*value, *value, *value, *value}}; }
+  static Reg One() { return {{1.0f, 1.0f, 1.0f, 1.0f}}; }
   template <class T>
   static Reg Load(const T* values) {
     return {{ToFloat(values[0]), ToFloat(values[1]), ToFloat(values[2]), ToFloat(values[3])}};
   }
-  static void Store(float* out, Reg reg) {
-    for (int i = 0; i < kLanes; ++i) out[i] = reg.lane[i];
+  static Reg LoadFour(const float* values) { return Load(values); }
+  template <class T>
+  static void Store(T* out, Reg reg) {
+    for (int i = 0; i < kLanes; ++i) FromFloat(reg.lane[i], out + i);
+  }
+  template <int kLane>
+  static Reg Repeat(Reg reg) {
+    return {{reg.lane[kLane], reg.lane[kLane], reg.lane[kLane], reg.lane[kLane]}};
+  }
+  static Reg Add(Reg a, Reg b) {
+    for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
+  static Reg Subtract(Reg a, Reg b) {
+    for (int i = 0; i < kLanes; ++i) a.lane[i] -= b.lane[i];
+    return a;
+  }
+  static Reg Multiply(Reg a, Reg b) {
+    for (int i = 0; i < kLanes; ++i) a.lane[i] *= b.lane[i];
+    return a;
   }
   static Reg MultiplyAdd(Reg a, Reg b, Reg c) {
     for (int i = 0; i < kLanes; ++i) c.lane[i] += a.lane[i] * b.lane[i];
@@ -34,7 +52,7 @@ inline int32_t FindCell(const Grid& grid, float x, float* position) {
   // The comparison is false for NaN, which so ends in cell 0.
   int32_t cell = level > 0.0f ? static_cast<int32_t>(level) : 0;
   if (cell > grid.num_grids - 1) cell = grid.num_grids - 1;
-  *position = (x - grid.points[cell]) * grid.inverse_widths[cell];
+  *position = (x - grid.cells[cell].point) * grid.cells[cell].inverse_width;
   return cell;
 }
 
@@ -50,10 +68,8 @@ void FindCells(const FindCellsArgs& args) {
       CellRecord& record = args.records[pair / kGroupPairs * args.rows + r];
       const int64_t p = pair % kGroupPairs;
       record.cell[p] = i1 * (args.grid.num_grids + 1) + i2;
-      record.weight[0][p] = (1.0f - d1) * (1.0f - d2);
-      record.weight[1][p] = (1.0f - d1) * d2;
-      record.weight[2][p] = d1 * (1.0f - d2);
-      record.weight[3][p] = d1 * d2;
+      record.position1[p] = d1;
+      record.position2[p] = d2;
     }
   }
 }
@@ -63,10 +79,14 @@ void FindCells(const FindCellsArgs& args) {
 const KernelSet kPortableKernels = {
     "portable",
     PortableVector::kLanes,
+    false,
     {FindCells<float>, FindCells<Float16>, FindCells<BFloat16>},
     {Accumulate<PortableVector, float>, Accumulate<PortableVector, Float16>,
      Accumulate<PortableVector, BFloat16>},
-    {StoreRows<float>, StoreRows<Float16>, StoreRows<BFloat16>},
+    {AccumulateOneRow<PortableVector, float>, AccumulateOneRow<PortableVector, Float16>,
+     AccumulateOneRow<PortableVector, BFloat16>},
+    {StoreRows<PortableVector, float>, StoreRows<PortableVector, Float16>,
+     StoreRows<PortableVector, BFloat16>},
 };
 
 }  // namespace lmkan::cpu

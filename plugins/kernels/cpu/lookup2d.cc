@@ -2,7 +2,9 @@
 #include "lmkan/lookup2d.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 
 #include "kernel.h"
 #include "status.h"
@@ -14,7 +16,14 @@ namespace {
 // Rows that share one pass over the table. More rows read the table less often; fewer keep records
 // and sums nearer to the core.
 constexpr int64_t kMostChunkRows = 1024;
-constexpr int64_t kMostRecordBytes = int64_t{8} << 20;
+constexpr int64_t kMostRecordBytes = int64_t{16} << 20;
+
+// Below this many rows the sums stay in registers over all pairs; from it on, the pairs of a group
+// stay in the cache over all rows.
+constexpr int64_t kFewRows = 4;
+
+// A table of fewer bytes stays in the second-level cache from call to call.
+constexpr int64_t kCachedTable = int64_t{1} << 20;
 
 // Evaluations (one row, pair and output) below which a task costs more than it gains.
 constexpr int64_t kTaskEvaluations = 64 * 1024;
@@ -38,62 +47,160 @@ int64_t NumGroups(const lmkan_cpu_table& table) {
 
 int64_t ChunkRows(const lmkan_cpu_table& table) {
   const int64_t bytes = NumGroups(table) * static_cast<int64_t>(sizeof(CellRecord));
-  return std::clamp<int64_t>(kMostRecordBytes / bytes, 8, kMostChunkRows);
+  return std::clamp<int64_t>(kMostRecordBytes / bytes, 64, kMostChunkRows);
 }
 
 int64_t DtypeSize(lmkan_dtype dtype) { return dtype == LMKAN_FLOAT32 ? 4 : 2; }
 
-// The rows and blocks of one task, with memory for its intermediate results.
+int64_t RoundUpToCacheLine(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Memory for the intermediate results of a chunk: on the stack for a few rows, because an
+// allocation would take a good part of their time.
+class Scratch {
+ public:
+  // False when there is no memory.
+  bool Allocate(int64_t groups, int64_t rows) {
+    const int64_t record_bytes = RoundUpToCacheLine(groups * rows * int64_t{sizeof(CellRecord)});
+    const int64_t sum_bytes = RoundUpToCacheLine(rows * kMaxBlockOutputs * int64_t{sizeof(float)});
+    char* memory = stack_;
+    if (record_bytes + sum_bytes > static_cast<int64_t>(sizeof stack_)) {
+      heap_.reset(static_cast<char*>(
+          std::aligned_alloc(64, static_cast<size_t>(record_bytes + sum_bytes))));
+      memory = heap_.get();
+    }
+    records_ = reinterpret_cast<CellRecord*>(memory);
+    sums_ = reinterpret_cast<float*>(memory + record_bytes);
+    return memory != nullptr;
+  }
+  CellRecord* records() const { return records_; }
+  float* sums() const { return sums_; }
+
+ private:
+  alignas(64) char stack_[16 << 10];
+  Buffer<char> heap_;
+  CellRecord* records_ = nullptr;
+  float* sums_ = nullptr;
+};
+
+// One group of pairs of one block.
+struct Slice {
+  const char* data;
+  int64_t pairs;
+  int64_t bytes;
+};
+
+Slice SliceOf(const lmkan_cpu_table& table, const Block& block, int64_t group) {
+  const int64_t first_pair = group * kGroupPairs;
+  const int64_t element = DtypeSize(table.dtype);
+  const int64_t pairs = std::min<int64_t>(kGroupPairs, table.num_pairs - first_pair);
+  return {static_cast<const char*>(table.data) +
+              (block.offset + first_pair * block.strides.pair) * element,
+          pairs, pairs * block.strides.pair * element};
+}
+
+void FindCells(const lmkan_cpu_table& table, lmkan_dtype dtype, const char* x, int64_t rows,
+               CellRecord* records) {
+  FindCellsArgs args;
+  args.x = x;
+  args.rows = rows;
+  args.num_features = 2 * table.num_pairs;
+  args.grid = table.grid();
+  args.records = records;
+  table.kernels->find_cells[dtype](args);
+}
+
+// A block row by row.
+void AccumulateFewRows(const lmkan_cpu_table& table, const Block& block, int64_t rows,
+                       const Scratch& scratch) {
+  AccumulateRowArgs args;
+  args.slices = SliceOf(table, block, 0).data;
+  args.strides = block.strides;
+  args.num_pairs = table.num_pairs;
+  args.record_stride = rows;
+  args.width = block.width;
+  for (int64_t r = 0; r < rows; ++r) {
+    args.records = scratch.records() + r;
+    args.sums = scratch.sums() + r * block.width;
+    table.kernels->accumulate_row[table.dtype](args);
+  }
+}
+
+// What a pass fetches for the next one: all of its slice where the rows need most of it, their
+// corners where they don't, and nothing of a table that is in the cache anyway or too scattered.
+void FetchNext(const lmkan_cpu_table& table, const Block& block, int64_t group,
+               const Scratch& scratch, AccumulateArgs* args) {
+  const Slice slice = SliceOf(table, block, group);
+  const bool whole = args->rows >= table.num_cells();
+  const int64_t table_bytes = slice.bytes * NumGroups(table) * table.num_blocks;
+  if (!table.packed || (!whole && table_bytes < kCachedTable)) return;
+  args->next_slices = slice.data;
+  args->next_bytes = slice.bytes;
+  args->next_records = whole ? nullptr : scratch.records() + group * args->rows;
+  args->next_pairs = slice.pairs;
+}
+
+// A block group by group. After the last group comes the first of `next_block`, if there is one.
+void AccumulateManyRows(const lmkan_cpu_table& table, const Block& block, const Block* next_block,
+                        int64_t rows, const Scratch& scratch) {
+  const int64_t groups = NumGroups(table);
+  for (int64_t g = 0; g < groups; ++g) {
+    const Slice slice = SliceOf(table, block, g);
+    AccumulateArgs args = {};
+    args.slices = slice.data;
+    args.strides = block.strides;
+    args.num_pairs = slice.pairs;
+    args.records = scratch.records() + g * rows;
+    args.rows = rows;
+    args.width = block.width;
+    args.sums = scratch.sums();
+    args.is_first = g == 0;
+    if (g + 1 < groups) {
+      FetchNext(table, block, g + 1, scratch, &args);
+    } else if (next_block != nullptr) {
+      FetchNext(table, *next_block, 0, scratch, &args);
+    }
+    table.kernels->accumulate[table.dtype](args);
+  }
+}
+
+void Store(const lmkan_cpu_table& table, lmkan_dtype dtype, const Block& block, int64_t rows,
+           const Scratch& scratch, char* y) {
+  StoreArgs args;
+  args.sums = scratch.sums();
+  args.rows = rows;
+  args.width = block.width;
+  args.y = y + block.first_output * DtypeSize(dtype);
+  args.y_stride = table.num_outputs;
+  args.outputs = block.outputs;
+  table.kernels->store[dtype](args);
+}
+
+// The rows and blocks of one task.
 lmkan_status RunTask(const lmkan_cpu_table& table, lmkan_dtype dtype, const char* x, char* y,
                      Range rows, Range blocks, const Message& message) {
   const int64_t chunk_rows = std::min(ChunkRows(table), rows.end - rows.begin);
-  const int64_t groups = NumGroups(table);
-  const size_t record_bytes = static_cast<size_t>(groups * chunk_rows) * sizeof(CellRecord);
-  const size_t sum_bytes = static_cast<size_t>(chunk_rows) * kMaxBlockOutputs * sizeof(float);
-  const Buffer<char> scratch(
-      static_cast<char*>(std::aligned_alloc(64, (record_bytes + sum_bytes + 63) / 64 * 64)));
-  if (scratch == nullptr) {
-    return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for %zu bytes of intermediate results",
-                record_bytes + sum_bytes);
+  Scratch scratch;
+  if (!scratch.Allocate(NumGroups(table), chunk_rows)) {
+    return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for the intermediate results of %lld rows",
+                static_cast<long long>(chunk_rows));
   }
-  auto* records = reinterpret_cast<CellRecord*>(scratch.get());
-  auto* sums = reinterpret_cast<float*>(scratch.get() + record_bytes);
-
-  const KernelSet& kernels = *table.kernels;
-  const int64_t num_features = 2 * table.num_pairs;
-  const int64_t table_element = DtypeSize(table.dtype);
   for (int64_t first = rows.begin; first < rows.end; first += chunk_rows) {
     const int64_t count = std::min(chunk_rows, rows.end - first);
-    FindCellsArgs find;
-    find.x = x + first * num_features * DtypeSize(dtype);
-    find.rows = count;
-    find.num_features = num_features;
-    find.grid = table.grid();
-    find.records = records;
-    kernels.find_cells[dtype](find);
-
+    const bool is_last_chunk = first + count == rows.end;
+    FindCells(table, dtype, x + first * 2 * table.num_pairs * DtypeSize(dtype), count,
+              scratch.records());
+    char* const chunk_y = y + first * table.num_outputs * DtypeSize(dtype);
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       const Block block = table.block(b);
-      AccumulateArgs accumulate;
-      accumulate.slices = static_cast<const char*>(table.data) + block.offset * table_element;
-      accumulate.pair_stride = block.pair_stride;
-      accumulate.cell_stride = block.cell_stride;
-      accumulate.line_stride = (table.num_grids + 1) * block.cell_stride;
-      accumulate.num_pairs = table.num_pairs;
-      accumulate.records = records;
-      accumulate.rows = count;
-      accumulate.width = block.width;
-      accumulate.sums = sums;
-      kernels.accumulate[table.dtype](accumulate);
-
-      StoreArgs store;
-      store.sums = sums;
-      store.rows = count;
-      store.width = block.width;
-      store.y = y + (first * table.num_outputs + block.first_output) * DtypeSize(dtype);
-      store.y_stride = table.num_outputs;
-      store.outputs = block.outputs;
-      kernels.store[dtype](store);
+      if (count < kFewRows) {
+        AccumulateFewRows(table, block, count, scratch);
+      } else {
+        const bool is_last_block = b + 1 == blocks.end;
+        const Block next = table.block(is_last_block ? blocks.begin : b + 1);
+        AccumulateManyRows(table, block, is_last_block && is_last_chunk ? nullptr : &next, count,
+                           scratch);
+      }
+      Store(table, dtype, block, count, scratch, chunk_y);
     }
   }
   return LMKAN_OK;
@@ -114,8 +221,8 @@ int64_t lmkan_cpu_num_tasks(const lmkan_cpu_table* table, int64_t rows, int32_t 
                                                  ? INT64_MAX / kTaskEvaluations
                                                  : rows * evaluations_a_row / kTaskEvaluations);
   // Whole chunks where there are enough of them; otherwise an equal share for each thread.
-  const int64_t chunks = (rows + ChunkRows(*table) - 1) / ChunkRows(*table);
-  const int64_t wanted = chunks >= 4 * num_threads ? chunks : num_threads;
+  const int64_t chunks = rows / ChunkRows(*table) + (rows % ChunkRows(*table) != 0 ? 1 : 0);
+  const int64_t wanted = chunks >= int64_t{4} * num_threads ? chunks : num_threads;
   return std::min(worth, wanted);
 }
 
@@ -129,8 +236,7 @@ lmkan_status lmkan_cpu_lookup2d(const lmkan_cpu_table* table, lmkan_dtype dtype,
   }
   if (dtype < LMKAN_FLOAT32 || dtype > LMKAN_BFLOAT16) {
     return Fail(LMKAN_INVALID_ARGUMENT, out,
-                "expected x of float32 (0), float16 (1) or bfloat16 (2), found dtype %d",
-                static_cast<int>(dtype));
+                "expected x of float32 (0), float16 (1) or bfloat16 (2), found dtype %d", dtype);
   }
   if (rows < 0 || num_tasks < 1 || task < 0 || task >= num_tasks) {
     return Fail(LMKAN_INVALID_ARGUMENT, out,
@@ -139,12 +245,21 @@ lmkan_status lmkan_cpu_lookup2d(const lmkan_cpu_table* table, lmkan_dtype dtype,
                 static_cast<long long>(num_tasks));
   }
   if (rows == 0) return LMKAN_OK;
+  int64_t x_bytes, y_bytes;
+  if (__builtin_mul_overflow(rows, 2 * table->num_pairs * DtypeSize(dtype), &x_bytes) ||
+      __builtin_mul_overflow(rows, table->num_outputs * DtypeSize(dtype), &y_bytes)) {
+    return Fail(LMKAN_INVALID_ARGUMENT, out,
+                "expected x and y of less than 2^63 bytes, found %lld rows",
+                static_cast<long long>(rows));
+  }
   if (x == nullptr || y == nullptr) {
     return Fail(LMKAN_INVALID_ARGUMENT, out, "expected memory for x and y, found a null pointer");
   }
-  // Rows first; the outputs are split too where there are fewer rows than tasks.
-  const int64_t row_parts = std::min(num_tasks, rows);
-  const int64_t block_parts = std::min(table->num_blocks, num_tasks / row_parts);
+  // Rows first, because each part of the outputs finds the cells anew; but a part with few rows
+  // would fetch whole slices for a few corners of each.
+  const int64_t worthwhile = std::clamp<int64_t>(rows / table->num_cells(), 1, num_tasks);
+  const int64_t block_parts = std::min(table->num_blocks, num_tasks / worthwhile);
+  const int64_t row_parts = std::min(rows, num_tasks / block_parts);
   if (task >= row_parts * block_parts) return LMKAN_OK;
   return RunTask(*table, dtype, static_cast<const char*>(x), static_cast<char*>(y),
                  Part(rows, task % row_parts, row_parts),

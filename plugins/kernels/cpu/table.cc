@@ -53,7 +53,7 @@ bool HasAvx512() {
 #endif
 
 // The kernels for a request, null when the processor lacks them.
-const KernelSet* SelectKernels(lmkan_isa isa, int64_t num_outputs) {
+const KernelSet* SelectKernels(lmkan_isa isa) {
   switch (isa) {
     case LMKAN_ISA_PORTABLE:
       return &kPortableKernels;
@@ -63,8 +63,7 @@ const KernelSet* SelectKernels(lmkan_isa isa, int64_t num_outputs) {
     case LMKAN_ISA_AVX512:
       return HasAvx512() ? &kAvx512Kernels : nullptr;
     case LMKAN_ISA_AUTO:
-      // A vector of 16 would be more than half padding for 8 outputs and fewer.
-      if (HasAvx512() && num_outputs > kAvx2Kernels.lanes) return &kAvx512Kernels;
+      if (HasAvx512()) return &kAvx512Kernels;
       return HasAvx2() ? &kAvx2Kernels : &kPortableKernels;
 #else
     case LMKAN_ISA_AUTO:
@@ -81,7 +80,7 @@ double InverseSigma(double level) {
 }
 
 // Points and inverse cell widths in float32, rounded once from float64.
-void FillGrid(int64_t num_grids, float* points, float* inverse_widths) {
+void FillGrid(int64_t num_grids, GridCell* cells) {
   const auto inner = [num_grids](int64_t i) {
     return InverseSigma(static_cast<double>(i) / static_cast<double>(num_grids));
   };
@@ -90,10 +89,22 @@ void FillGrid(int64_t num_grids, float* points, float* inverse_widths) {
     if (i == num_grids) return 2.0 * inner(num_grids - 1) - inner(num_grids - 2);
     return inner(i);
   };
-  for (int64_t i = 0; i <= num_grids; ++i) points[i] = static_cast<float>(point(i));
   for (int64_t i = 0; i < num_grids; ++i) {
-    inverse_widths[i] = static_cast<float>(1.0 / (point(i + 1) - point(i)));
+    cells[i].point = static_cast<float>(point(i));
+    cells[i].inverse_width = static_cast<float>(1.0 / (point(i + 1) - point(i)));
   }
+}
+
+// An upper bound of the bytes of a table with its outputs rounded up to blocks, or 0 when it does
+// not fit 62 bits. Where it does, no size or offset computed later can overflow.
+size_t TableBytes(const lmkan_table_desc& desc) {
+  int64_t bytes = 2 * static_cast<int64_t>(sizeof(float));
+  int64_t outputs;
+  if (__builtin_add_overflow(desc.num_outputs, int64_t{kMaxBlockOutputs}, &outputs)) return 0;
+  for (const int64_t factor : {desc.num_pairs, desc.num_grids + 1, desc.num_grids + 1, outputs}) {
+    if (__builtin_mul_overflow(bytes, factor, &bytes)) return 0;
+  }
+  return static_cast<size_t>(bytes);
 }
 
 lmkan_status CheckDesc(const lmkan_table_desc* desc, const Message& message) {
@@ -103,7 +114,7 @@ lmkan_status CheckDesc(const lmkan_table_desc* desc, const Message& message) {
   if (desc->dtype < LMKAN_FLOAT32 || desc->dtype > LMKAN_BFLOAT16) {
     return Fail(LMKAN_INVALID_ARGUMENT, message,
                 "expected a table of float32 (0), float16 (1) or bfloat16 (2), found dtype %d",
-                static_cast<int>(desc->dtype));
+                desc->dtype);
   }
   if (desc->num_pairs < 1 || desc->num_outputs < 1) {
     return Fail(LMKAN_INVALID_ARGUMENT, message,
@@ -117,18 +128,15 @@ lmkan_status CheckDesc(const lmkan_table_desc* desc, const Message& message) {
                 "expected 3 to %lld grid cells an axis, found %lld",
                 static_cast<long long>(kMostGrids), static_cast<long long>(desc->num_grids));
   }
-  return LMKAN_OK;
-}
-
-// Bytes of the packed table, or 0 when the number does not fit 63 bits.
-size_t PackedBytes(const lmkan_cpu_table& table) {
-  const Block last = table.block(table.num_blocks - 1);
-  const int64_t padded_outputs = last.first_output + last.width;
-  int64_t bytes = static_cast<int64_t>(ElementSize(table.dtype));
-  for (const int64_t factor : {table.num_pairs, table.num_cells(), padded_outputs}) {
-    if (__builtin_mul_overflow(bytes, factor, &bytes)) return 0;
+  if (TableBytes(*desc) == 0) {
+    return Fail(
+        LMKAN_INVALID_ARGUMENT, message,
+        "expected a table of less than 2^62 bytes, found %lld pairs, %lld grid cells an axis "
+        "and %lld outputs",
+        static_cast<long long>(desc->num_pairs), static_cast<long long>(desc->num_grids),
+        static_cast<long long>(desc->num_outputs));
   }
-  return static_cast<size_t>(bytes);
+  return LMKAN_OK;
 }
 
 void Pack(const lmkan_cpu_table& table, const char* from, char* to) {
@@ -145,13 +153,37 @@ void Pack(const lmkan_cpu_table& table, const char* from, char* to) {
   }
 }
 
+// Outputs of a block. One pass reads a group of pairs of a block, a slice: the narrower the block,
+// the nearer to the core the slice stays, and with it the next slice that is being fetched. But a
+// corner should fill a cache line.
+int64_t BlockOutputs(const lmkan_cpu_table& table, lmkan_ownership ownership) {
+  constexpr int64_t kCacheLine = 64;
+  constexpr int64_t kSmallSlice = 96 << 10;
+  // Borrowed corners lie num_outputs apart, which is no better for narrow blocks.
+  if (ownership == LMKAN_BORROW) return kMaxBlockOutputs;
+  const int64_t element = static_cast<int64_t>(ElementSize(table.dtype));
+  const int64_t widest_slice = kGroupPairs * table.num_cells() * kMaxBlockOutputs * element;
+  if (table.kernels->has_wide_vectors && widest_slice <= kSmallSlice) return kMaxBlockOutputs;
+  return kCacheLine / element;
+}
+
 lmkan_status Create(const lmkan_table_desc* desc, lmkan_ownership ownership, lmkan_isa isa,
                     std::unique_ptr<lmkan_cpu_table>* result, const Message& message) {
   if (const lmkan_status status = CheckDesc(desc, message); status != LMKAN_OK) return status;
-  const KernelSet* kernels = SelectKernels(isa, desc->num_outputs);
+  if (ownership != LMKAN_COPY && ownership != LMKAN_BORROW) {
+    return Fail(LMKAN_INVALID_ARGUMENT, message,
+                "expected an ownership of COPY (0) or BORROW (1), found %d", ownership);
+  }
+  if (isa < LMKAN_ISA_AUTO || isa > LMKAN_ISA_AVX512) {
+    return Fail(
+        LMKAN_INVALID_ARGUMENT, message,
+        "expected an instruction set of AUTO (0), PORTABLE (1), AVX2 (2) or AVX512 (3), found %d",
+        isa);
+  }
+  const KernelSet* kernels = SelectKernels(isa);
   if (kernels == nullptr) {
     return Fail(LMKAN_UNSUPPORTED, message, "this processor or build has no instruction set %d",
-                static_cast<int>(isa));
+                isa);
   }
   auto table = std::unique_ptr<lmkan_cpu_table>(new (std::nothrow) lmkan_cpu_table);
   if (table == nullptr) return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for a table handle");
@@ -160,28 +192,23 @@ lmkan_status Create(const lmkan_table_desc* desc, lmkan_ownership ownership, lmk
   table->num_pairs = desc->num_pairs;
   table->num_grids = desc->num_grids;
   table->num_outputs = desc->num_outputs;
-  table->num_blocks = (desc->num_outputs + kMaxBlockOutputs - 1) / kMaxBlockOutputs;
+  table->block_outputs = BlockOutputs(*table, ownership);
+  table->num_blocks = (desc->num_outputs + table->block_outputs - 1) / table->block_outputs;
 
-  const size_t axis = static_cast<size_t>(desc->num_grids) + 1;
-  table->grid_points.reset(static_cast<float*>(AllocateAligned(axis * sizeof(float))));
-  table->inverse_widths.reset(static_cast<float*>(AllocateAligned(axis * sizeof(float))));
-  if (table->grid_points == nullptr || table->inverse_widths == nullptr) {
-    return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for a grid of %zu points", axis);
+  const size_t grid_bytes = static_cast<size_t>(desc->num_grids) * sizeof(GridCell);
+  table->grid_cells.reset(static_cast<GridCell*>(AllocateAligned(grid_bytes)));
+  if (table->grid_cells == nullptr) {
+    return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for a grid of %zu bytes", grid_bytes);
   }
-  FillGrid(desc->num_grids, table->grid_points.get(), table->inverse_widths.get());
+  FillGrid(desc->num_grids, table->grid_cells.get());
 
   // A partial vector at the end of a borrowed row would read past the table.
   table->packed = ownership == LMKAN_COPY || desc->num_outputs % kernels->lanes != 0;
-  const size_t bytes = PackedBytes(*table);
-  if (bytes == 0) {
-    return Fail(LMKAN_INVALID_ARGUMENT, message,
-                "expected a table of less than 2^63 bytes, found %lld pairs of %lld cells and "
-                "%lld outputs",
-                static_cast<long long>(desc->num_pairs), static_cast<long long>(table->num_cells()),
-                static_cast<long long>(desc->num_outputs));
-  }
   table->data = desc->data;
   if (table->packed) {
+    const Block last = table->block(table->num_blocks - 1);
+    const size_t bytes = static_cast<size_t>(last.offset + table->num_pairs * last.strides.pair) *
+                         ElementSize(table->dtype);
     table->storage.reset(AllocateAligned(bytes));
     if (table->storage == nullptr) {
       return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for a table of %zu bytes", bytes);
@@ -197,14 +224,14 @@ lmkan_status Create(const lmkan_table_desc* desc, lmkan_ownership ownership, lmk
 }  // namespace lmkan::cpu
 
 Block lmkan_cpu_table::block(int64_t index) const {
-  using lmkan::cpu::kMaxBlockOutputs;
   Block block;
-  block.first_output = index * kMaxBlockOutputs;
+  block.first_output = index * block_outputs;
   const int64_t left = num_outputs - block.first_output;
-  block.outputs = left < kMaxBlockOutputs ? left : kMaxBlockOutputs;
+  block.outputs = left < block_outputs ? left : block_outputs;
   block.width = (block.outputs + kernels->lanes - 1) / kernels->lanes * kernels->lanes;
-  block.cell_stride = packed ? block.width : num_outputs;
-  block.pair_stride = num_cells() * block.cell_stride;
+  block.strides.cell = packed ? block.width : num_outputs;
+  block.strides.line = (num_grids + 1) * block.strides.cell;
+  block.strides.pair = num_cells() * block.strides.cell;
   block.offset = packed ? block.first_output * num_pairs * num_cells() : block.first_output;
   return block;
 }

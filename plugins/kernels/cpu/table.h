@@ -25,11 +25,10 @@ void* AllocateAligned(size_t bytes);
 // Neighbouring outputs that one accumulate call handles.
 struct Block {
   int64_t first_output;
-  int64_t outputs;      // that exist
-  int64_t width;        // rounded up to whole vectors
-  int64_t offset;       // elements from the table's start to the block's first corner
-  int64_t pair_stride;  // elements
-  int64_t cell_stride;  // elements
+  int64_t outputs;  // that exist
+  int64_t width;    // rounded up to whole vectors
+  int64_t offset;   // elements from the table's start to the block's first corner
+  lmkan::cpu::TableStrides strides;
 };
 
 }  // namespace lmkan::cpu
@@ -43,17 +42,15 @@ struct lmkan_cpu_table {
   int64_t num_pairs = 0;
   int64_t num_grids = 0;
   int64_t num_outputs = 0;
+  int64_t block_outputs = 0;  // of all blocks but the last
   int64_t num_blocks = 0;
   bool packed = false;
   const void* data = nullptr;
-  lmkan::cpu::Buffer<void> storage;          // owns data when packed
-  lmkan::cpu::Buffer<float> grid_points;     // num_grids + 1
-  lmkan::cpu::Buffer<float> inverse_widths;  // num_grids
+  lmkan::cpu::Buffer<void> storage;                     // owns data when packed
+  lmkan::cpu::Buffer<lmkan::cpu::GridCell> grid_cells;  // num_grids
 
   int64_t num_cells() const { return (num_grids + 1) * (num_grids + 1); }
-  lmkan::cpu::Grid grid() const {
-    return {static_cast<int32_t>(num_grids), grid_points.get(), inverse_widths.get()};
-  }
+  lmkan::cpu::Grid grid() const { return {static_cast<int32_t>(num_grids), grid_cells.get()}; }
   lmkan::cpu::Block block(int64_t index) const;
 };
 

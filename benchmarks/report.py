@@ -1,0 +1,167 @@
+"""Ratios, tables and plots from one run of the benchmarks.
+
+Usage: report.py TIMINGS.json BANDWIDTH.json OUTPUT_FOLDER
+
+Writes report.md and PNG plots.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+TARGETS = {  # time relative to a dense layer: float32, best low-precision table
+    "128x128-G8-B1024": (3.5, None),
+    "128x128-G26-B1024": (7.0, 4.5),
+    "512x512-G8-B4096": (4.5, None),
+    "512x512-G26-B1024": (8.0, 5.0),
+    "64x64-G12-B8192": (3.5, None),
+    "128x128-G26-B1": (1.5, None),
+}
+
+Entry = dict[str, Any]
+
+
+def milliseconds(entry: Entry) -> str:
+    """Median and interquartile range."""
+    stats = entry["stats"]
+    return f"{stats['median'] * 1e3:.4g} ms ± {stats['iqr'] * 500:.2g}"
+
+
+def floor_seconds(shape: str, evaluations: int, bandwidth: dict[int, float]) -> float:
+    """Time to load 4 float32 an evaluation from the level that holds one pair's slice."""
+    _, n_out, grids = (int(part.strip("GB")) for part in shape.replace("x", "-").split("-")[:3])
+    slice_bytes = (grids + 1) ** 2 * n_out * 4
+    size = min((s for s in bandwidth if s >= slice_bytes), default=max(bandwidth))
+    return 16 * evaluations / bandwidth[size]
+
+
+def shapes_table(entries: list[Entry], bandwidth: dict[int, float]) -> str:
+    """One row a shape and form."""
+    by_shape: dict[str, dict[str, Entry]] = {}
+    for entry in entries:
+        info = entry["extra_info"]
+        by_shape.setdefault(info["shape"], {})[info["form"]] = entry
+    lines = [
+        "| shape | form | median, half IQR | G evaluations/s | of the floor | × dense | to reach |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for shape, forms in by_shape.items():
+        dense = forms["dense"]["stats"]["median"]
+        for form, entry in forms.items():
+            seconds = entry["stats"]["median"]
+            evaluations = entry["extra_info"]["evaluations"]
+            target = TARGETS[shape][{"float32": 0, "float16": 1}[form]] if form.startswith("float") else None
+            lookup = form != "dense"
+            share = floor_seconds(shape, evaluations, bandwidth) / seconds if form == "float32" else None
+            lines.append(
+                f"| {shape} | {form} | {milliseconds(entry)} "
+                f"| {f'{evaluations / seconds / 1e9:.2f}' if lookup else ''} "
+                f"| {f'{share:.0%}' if share is not None else ''} "
+                f"| {seconds / dense:.2f} | {f'≤ {target}' if target else ''} |"
+            )
+        for form in ("function", "embedding_bag"):
+            if form in forms:
+                ratio = forms[form]["stats"]["median"] / forms["float32"]["stats"]["median"]
+                lines.append(f"| {shape} | **{form} / float32** | | | | **{ratio:.1f}** | |")
+    return "\n".join(lines)
+
+
+def chains_table(entries: list[Entry]) -> str:
+    """A network against the sum of its layers, each run alone."""
+    groups: dict[str, dict[str, float]] = {}
+    for entry in entries:
+        info = entry["extra_info"]
+        key = f"{'→'.join(map(str, info['widths']))}, batch {info['batch']}"
+        groups.setdefault(key, {})[str(info["part"])] = entry["stats"]["median"]
+    lines = ["| network, G = 12 | network | sum of its layers | ratio |", "| --- | --- | --- | --- |"]
+    for key, parts in groups.items():
+        layers = sum(seconds for part, seconds in parts.items() if part != "network")
+        network = parts["network"]
+        lines.append(f"| {key} | {network * 1e3:.3f} ms | {layers * 1e3:.3f} ms | {network / layers:.2f} |")
+    return "\n".join(lines)
+
+
+def threads_table(entries: list[Entry]) -> str:
+    """One thread against two."""
+    groups: dict[str, dict[int, float]] = {}
+    for entry in entries:
+        info = entry["extra_info"]
+        key = f"{info['width']}→{info['width']}, G = {info['num_grids']}, batch {info['batch']}"
+        groups.setdefault(key, {})[info["threads"]] = entry["stats"]["median"]
+    lines = ["| layer | 1 thread | 2 threads | speed-up |", "| --- | --- | --- | --- |"]
+    for key, seconds in groups.items():
+        one, two = seconds[1], seconds[2]
+        lines.append(f"| {key} | {one * 1e3:.2f} ms | {two * 1e3:.2f} ms | {one / two:.2f} |")
+    return "\n".join(lines)
+
+
+def plot_curves(entries: list[Entry], folder: Path) -> list[str]:
+    """Nanoseconds an evaluation over G, batch and width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = {"G": "grid cells an axis, G", "batch": "batch", "width": "width, N_in = N_out"}
+    keys = {"G": "num_grids", "batch": "batch", "width": "width"}
+    links = []
+    for curve, label in labels.items():
+        points = sorted(
+            (e["extra_info"][keys[curve]], e["stats"], e["extra_info"]["evaluations"])
+            for e in entries
+            if e["extra_info"]["curve"] == curve
+        )
+        if not points:
+            continue
+        figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+        x = [point[0] for point in points]
+        median = [stats["median"] / count * 1e9 for _, stats, count in points]
+        low = [stats["q1"] / count * 1e9 for _, stats, count in points]
+        high = [stats["q3"] / count * 1e9 for _, stats, count in points]
+        axes.fill_between(x, low, high, alpha=0.25, linewidth=0)
+        axes.plot(x, median, marker="o", markersize=4)
+        if curve != "G":
+            axes.set_xscale("log", base=2)
+        axes.set_yscale("log" if max(median) > 5 * min(median) else "linear")
+        if axes.get_yscale() == "linear":
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel(label)
+        axes.set_ylabel("ns an evaluation")
+        axes.grid(alpha=0.3)
+        figure.savefig(folder / f"over-{curve}.png", dpi=120)
+        pyplot.close(figure)
+        links.append(f"![{label}](over-{curve}.png)")
+    return links
+
+
+def main() -> None:
+    """Command line."""
+    timings = json.loads(Path(sys.argv[1]).read_text())
+    bandwidth = {int(size): rate for size, rate in json.loads(Path(sys.argv[2]).read_text()).items()}
+    folder = Path(sys.argv[3])
+    folder.mkdir(parents=True, exist_ok=True)
+    by_kind: dict[str, list[Entry]] = {"shapes": [], "curve": [], "chain": []}
+    for entry in timings["benchmarks"]:
+        by_kind[entry["extra_info"]["kind"]].append(entry)
+    cpu = timings["machine_info"]["cpu"].get("brand_raw", timings["machine_info"]["machine"])
+    parts = [f"# One run\n\n{cpu}, {timings['machine_info'].get('python_version', '')}, {timings['datetime'][:10]}"]
+    if by_kind["shapes"]:
+        parts += ["## Shapes, one thread", shapes_table(by_kind["shapes"], bandwidth)]
+    if by_kind["chain"]:
+        parts += ["## Chains, one thread", chains_table(by_kind["chain"])]
+    threads = [e for e in by_kind["curve"] if e["extra_info"]["curve"] == "threads"]
+    if threads:
+        parts += ["## Threads", threads_table(threads)]
+    parts += plot_curves(by_kind["curve"], folder)
+    rates = ", ".join(f"{size >> 10} KB: {rate / 1e9:.0f}" for size, rate in bandwidth.items())
+    parts += ["## Load bandwidth, GB/s by working set", rates]
+    text = "\n\n".join(parts) + "\n"
+    (folder / "report.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

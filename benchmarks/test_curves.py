@@ -1,0 +1,36 @@
+"""Time over the number of grid cells, the batch and the width; and over threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import networks
+
+POINTS = [
+    *(("G", 128, grids, 1024, 1) for grids in (3, 5, 8, 12, 16, 20, 26, 32, 40, 52)),
+    *(("batch", 128, 12, 4**power, 1) for power in range(9)),
+    *(("width", width, 12, 1024, 1) for width in (16, 32, 64, 128, 256, 512, 1024, 2048)),
+    *(("threads", 128, grids, 4096, threads) for grids in (8, 26) for threads in (1, 2)),
+]
+
+
+@pytest.mark.parametrize(
+    ("curve", "width", "num_grids", "batch", "threads"),
+    POINTS,
+    ids=[f"{c}-{w}-G{g}-B{b}-T{t}" for c, w, g, b, t in POINTS],
+)
+def test_curves(benchmark, curve: str, width: int, num_grids: int, batch: int, threads: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch, width), dtype=np.float32)
+    run = networks.lookup(x, [networks.random_table(rng, width, width, num_grids)], threads=threads)
+    benchmark.extra_info |= {
+        "kind": "curve",
+        "curve": curve,
+        "width": width,
+        "num_grids": num_grids,
+        "batch": batch,
+        "threads": threads,
+        "evaluations": batch * width // 2 * width,
+    }
+    benchmark(run)

@@ -1,0 +1,49 @@
+"""One layer, one thread: against a dense layer, the inlined function, and embedding_bag."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import networks
+
+# N_in, N_out, G, batch; the last of the list is latency.
+SHAPES = [
+    (128, 128, 8, 1024),
+    (128, 128, 26, 1024),
+    (512, 512, 8, 4096),
+    (512, 512, 26, 1024),
+    (64, 64, 12, 8192),
+    (128, 128, 26, 1),
+]
+FORMS = ["dense", "float32", "float16"]
+SLOW_FORMS = ["function", "embedding_bag"]
+SLOW_SHAPES = [(128, 128, 26, 1024), (128, 128, 26, 1)]
+
+CASES = [(shape, form) for shape in SHAPES for form in FORMS + (SLOW_FORMS if shape in SLOW_SHAPES else [])]
+
+
+def name(shape: tuple[int, ...]) -> str:
+    return "{}x{}-G{}-B{}".format(*shape)
+
+
+@pytest.mark.parametrize(("shape", "form"), CASES, ids=[f"{name(shape)}-{form}" for shape, form in CASES])
+def test_shapes(benchmark, shape: tuple[int, int, int, int], form: str) -> None:
+    n_in, n_out, num_grids, batch = shape
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch, n_in), dtype=np.float32)
+    if form == "dense":
+        run = networks.dense(x, n_out)
+    else:
+        table = networks.random_table(rng, n_in, n_out, num_grids)
+        if form == "float16":
+            table = table.astype(np.float16)
+        run = {
+            "float32": lambda: networks.lookup(x, [table]),
+            "float16": lambda: networks.lookup(x, [table]),
+            "function": lambda: networks.lookup(x, [table], custom_ops=False),
+            "embedding_bag": lambda: networks.embedding_bag(x, table),
+        }[form]()
+    benchmark.extra_info |= {"kind": "shapes", "shape": name(shape), "form": form}
+    benchmark.extra_info["evaluations"] = batch * n_in // 2 * n_out
+    benchmark(run)

@@ -1,0 +1,55 @@
+// The vector type of accumulate.h for AVX2, FMA and F16C; the AVX-512 kernels use it too.
+#ifndef LMKAN_KERNELS_CPU_AVX2_VECTOR_H_
+#define LMKAN_KERNELS_CPU_AVX2_VECTOR_H_
+
+#include <immintrin.h>
+
+#include "find_cells_avx2.h"
+#include "float16.h"
+
+namespace lmkan::cpu {
+namespace {
+
+struct Avx2Vector {
+  static constexpr int kLanes = 8;
+  using Reg = __m256;
+  static Reg Zero() { return _mm256_setzero_ps(); }
+  static Reg One() { return _mm256_set1_ps(1.0f); }
+  template <class T>
+  static Reg Load(const T* values) {
+    return LoadEight(values);
+  }
+  static Reg LoadFour(const float* values) {
+    return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(values));
+  }
+  static void Store(float* out, Reg reg) { _mm256_storeu_ps(out, reg); }
+  static void Store(Float16* out, Reg reg) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                     _mm256_cvtps_ph(reg, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static void Store(BFloat16* out, Reg reg) {
+    const __m256i bits = _mm256_castps_si256(reg);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(reg, reg, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(out),
+        _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+  }
+  template <int kLane>
+  static Reg Repeat(Reg reg) {
+    return _mm256_permute_ps(reg, kLane * 0x55);
+  }
+  static Reg Add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static Reg Subtract(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+  static Reg Multiply(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static Reg MultiplyAdd(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+};
+
+}  // namespace
+}  // namespace lmkan::cpu
+
+#endif  // LMKAN_KERNELS_CPU_AVX2_VECTOR_H_

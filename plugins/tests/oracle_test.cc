@@ -1,0 +1,103 @@
+// The oracle of the other tests, against what operator.md says in so many words.
+#include "oracle.h"
+
+#include <cmath>
+
+#include "check.h"
+#include "inputs.h"
+
+namespace lmkan::test {
+namespace {
+
+// G = 4 has σ⁻¹ of 1/4, 1/2 and 3/4 inside: -ln 2, 0, ln 2.
+void TestGridOfFourCells() {
+  const double ln2 = 0.69314718055994530942;
+  for (int i = 0; i <= 4; ++i) {
+    const double point = GridPoint(4, i);
+    LMKAN_EXPECT(std::fabs(point - (i - 2) * ln2) < 1e-15, "point %d is %.17g", i, point);
+  }
+}
+
+// With G = 3 the ghost points mirror 2 ln(2/3) outwards.
+void TestGridOfThreeCells() {
+  const double inner = std::log(1.5);
+  const double expected[4] = {-3 * inner, -inner, inner, 3 * inner};
+  for (int i = 0; i <= 3; ++i) {
+    const double point = GridPoint(3, i);
+    LMKAN_EXPECT(std::fabs(point - expected[i]) < 1e-15, "point %d is %.17g", i, point);
+  }
+}
+
+// On the grid f is the table; the first feature of a pair is the table's first axis.
+void TestTableIsReproducedOnTheGrid() {
+  const Shape shape = {2, 5, 3, 1};
+  const int64_t axis = shape.num_grids + 1;
+  std::vector<double> table(shape.table_size(), 0.0);
+  for (int64_t i = 0; i < axis * axis * shape.num_outputs; ++i) table[i] = static_cast<double>(i);
+  for (int64_t i1 = 0; i1 < axis; ++i1) {
+    for (int64_t i2 = 0; i2 < axis; ++i2) {
+      const std::vector<double> x = {GridPoint(5, i1), GridPoint(5, i2), 0.3, -7.0};
+      const Reference reference = Evaluate(shape, x, table);
+      for (int64_t o = 0; o < shape.num_outputs; ++o) {
+        const auto expected = static_cast<double>((i1 * axis + i2) * shape.num_outputs + o);
+        LMKAN_EXPECT(std::fabs(reference.y[o] - expected) < 1e-12, "y[%d] at (%d, %d) is %.17g",
+                     static_cast<int>(o), static_cast<int>(i1), static_cast<int>(i2),
+                     reference.y[o]);
+      }
+    }
+  }
+}
+
+// a + b x1 + c x2 + d x1 x2 is bilinear in every cell, so it is exact, tails included.
+void TestBilinearFunctionsAreExact() {
+  for (const int64_t num_grids : {3, 4, 8, 13, 40}) {
+    const Shape shape = {1, num_grids, 1, 1};
+    std::vector<double> table;
+    for (int64_t i1 = 0; i1 <= num_grids; ++i1) {
+      for (int64_t i2 = 0; i2 <= num_grids; ++i2) {
+        const double x1 = GridPoint(num_grids, i1);
+        const double x2 = GridPoint(num_grids, i2);
+        table.push_back(0.5 - 2 * x1 + 3 * x2 + 0.25 * x1 * x2);
+      }
+    }
+    Random random(1);
+    for (int i = 0; i < 200; ++i) {
+      const double reach = i % 2 == 0 ? 3 : 180;
+      const double x1 = random.Uniform(-reach, reach);
+      const double x2 = random.Uniform(-reach, reach);
+      const double y = Evaluate(shape, {x1, x2}, table).y[0];
+      const double expected = 0.5 - 2 * x1 + 3 * x2 + 0.25 * x1 * x2;
+      LMKAN_EXPECT(std::fabs(y - expected) < 1e-8, "G %d, (%g, %g) gives %.17g, not %.17g",
+                   static_cast<int>(num_grids), x1, x2, y, expected);
+    }
+  }
+}
+
+// The bound must be small, or comparisons with it say nothing.
+void TestBoundIsTight() {
+  const Shape shape = {19, 40, 1, 200};
+  Random random(2);
+  std::vector<double> x(shape.x_size());
+  for (double& feature : x) feature = random.Uniform(-3, 3);
+  const std::vector<double> table(shape.table_size(), 1.0);
+  const Reference reference = Evaluate(shape, x, table);
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    LMKAN_EXPECT(std::fabs(reference.y[r] - 19) < 1e-12, "row %d of a constant gives %.17g",
+                 static_cast<int>(r), reference.y[r]);
+    LMKAN_EXPECT(reference.bound[r] < 19 * 5e-4, "row %d has the bound %g", static_cast<int>(r),
+                 reference.bound[r]);
+  }
+}
+
+}  // namespace
+}  // namespace lmkan::test
+
+int main() {
+  using namespace lmkan::test;
+  TestGridOfFourCells();
+  TestGridOfThreeCells();
+  TestTableIsReproducedOnTheGrid();
+  TestBilinearFunctionsAreExact();
+  TestBoundIsTight();
+  return Finish();
+}

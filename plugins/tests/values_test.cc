@@ -1,0 +1,107 @@
+// Lookups of one instruction set against the float64 oracle: all types, both ownerships, awkward
+// sizes.
+#include <cstring>
+#include <vector>
+
+#include "array.h"
+#include "check.h"
+#include "cpu_table.h"
+#include "inputs.h"
+#include "oracle.h"
+
+namespace lmkan::test {
+namespace {
+
+// Every number of outputs meets every number of rows; pairs and grids rotate through them.
+std::vector<Shape> MakeShapes() {
+  constexpr int64_t kPairs[] = {1, 2, 3, 4, 5, 9, 19};
+  constexpr int64_t kGrids[] = {3, 4, 8, 13, 40};
+  constexpr int64_t kOutputs[] = {1, 3, 7, 8, 9, 16, 17, 31, 33, 63, 64, 65, 100, 111, 129};
+  constexpr int64_t kRows[] = {0, 1, 2, 5, 6, 7, 19, 111};
+  // Large tables take long to make and find nothing that small ones don't.
+  constexpr int64_t kMostEntries = 50000;
+  std::vector<Shape> shapes;
+  size_t turn = 0;
+  for (const int64_t outputs : kOutputs) {
+    for (const int64_t rows : kRows) {
+      Shape shape = {kPairs[turn % 7], kGrids[turn % 5], outputs, rows};
+      if (shape.table_size() > kMostEntries) shape.num_grids = 3 + static_cast<int64_t>(turn % 2);
+      shapes.push_back(shape);
+      ++turn;
+    }
+  }
+  // A large table, and more rows than kernels handle at a time.
+  shapes.insert(shapes.end(), {{19, 40, 16, 19},
+                               {1, 40, 129, 7},
+                               {1, 40, 1, 989},
+                               {3, 13, 17, 989},
+                               {5, 8, 64, 1025},
+                               {9, 3, 9, 1025},
+                               {19, 4, 65, 1025},
+                               {2, 4, 129, 2500}});
+  return shapes;
+}
+
+void TestShape(const Shape& shape, lmkan_isa isa, uint64_t seed) {
+  for (const lmkan_dtype table_dtype : kDtypes) {
+    const Array table = MakeTable(shape, table_dtype, seed);
+    const std::vector<double> entries = table.ToDoubles();
+    for (const lmkan_dtype x_dtype : kDtypes) {
+      const Array x = MakeX(shape, x_dtype, seed + 1);
+      const Reference reference = Evaluate(shape, x.ToDoubles(), entries);
+      for (const lmkan_ownership ownership : kOwnerships) {
+        Array memory = table;
+        const TableHandle handle = CreateTable(shape, table_dtype, memory.data(), ownership, isa);
+        if (handle == nullptr) return;
+        // A copied table must not look at the caller's memory again, and a y that is added to, or
+        // not written, must show: all ones are NaN in every type.
+        if (ownership == LMKAN_COPY) memory.Fill(0xff);
+        Array y(x_dtype, shape.y_size());
+        y.Fill(0xff);
+        const int64_t num_tasks = lmkan_cpu_num_tasks(handle.get(), shape.rows, 2);
+        if (!Lookup(handle.get(), x_dtype, x.data(), y.data(), shape.rows, num_tasks)) return;
+        ExpectClose(shape, reference, y,
+                    Describe(isa, table_dtype, x_dtype, ownership) + ", " + shape.ToString());
+      }
+    }
+  }
+}
+
+// AUTO is one of the instruction sets that this processor has, to the last bit.
+void TestAuto(lmkan_isa isa) {
+  for (const int64_t outputs : {1, 8, 9, 16, 129}) {
+    const Shape shape = {5, 8, outputs, 19};
+    const Array table = MakeTable(shape, LMKAN_FLOAT32, 1);
+    const Array x = MakeX(shape, LMKAN_FLOAT32, 2);
+    const TableHandle chosen =
+        CreateTable(shape, LMKAN_FLOAT32, table.data(), LMKAN_COPY, LMKAN_ISA_AUTO);
+    const TableHandle named = CreateTable(shape, LMKAN_FLOAT32, table.data(), LMKAN_COPY, isa);
+    if (chosen == nullptr || named == nullptr) return;
+    const char* name = lmkan_cpu_table_isa(chosen.get());
+    bool known = false;
+    for (const lmkan_isa other : {LMKAN_ISA_PORTABLE, LMKAN_ISA_AVX2, LMKAN_ISA_AVX512}) {
+      if (std::strcmp(name, IsaName(other)) == 0) known = ProcessorHas(other);
+    }
+    LMKAN_EXPECT(known, "AUTO chose \"%s\"", name);
+    if (std::strcmp(name, IsaName(isa)) != 0) continue;
+    Array y_chosen(LMKAN_FLOAT32, shape.y_size());
+    Array y_named(LMKAN_FLOAT32, shape.y_size());
+    Lookup(chosen.get(), LMKAN_FLOAT32, x.data(), y_chosen.data(), shape.rows, 1);
+    Lookup(named.get(), LMKAN_FLOAT32, x.data(), y_named.data(), shape.rows, 1);
+    LMKAN_EXPECT(std::memcmp(y_chosen.data(), y_named.data(), y_named.num_bytes()) == 0,
+                 "AUTO differs from %s, which it chose, at %d outputs", name,
+                 static_cast<int>(outputs));
+  }
+}
+
+}  // namespace
+}  // namespace lmkan::test
+
+int main(int argc, char** argv) {
+  using namespace lmkan::test;
+  return RunForIsa(argc, argv, [](lmkan_isa isa) {
+    uint64_t seed = 0;
+    for (const Shape& shape : MakeShapes()) TestShape(shape, isa, seed += 2);
+    TestAuto(isa);
+  });
+}
