@@ -49,9 +49,7 @@ def _session(
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def lookup(
-    x: np.ndarray, tables: Sequence[np.ndarray], *, custom_ops: bool = True, threads: int = 1
-) -> Run:
+def lookup(x: np.ndarray, tables: Sequence[np.ndarray], *, custom_ops: bool = True, threads: int = 1) -> Run:
     """A chain of lookup layers in ONNX Runtime, checked on the first rows."""
     names = ["x", *(f"h{i}" for i in range(1, len(tables))), "y"]
     nodes = [

@@ -147,7 +147,9 @@ def main() -> None:
     for entry in timings["benchmarks"]:
         by_kind[entry["extra_info"]["kind"]].append(entry)
     cpu = timings["machine_info"]["cpu"].get("brand_raw", timings["machine_info"]["machine"])
-    parts = [f"# One run\n\n{cpu}, {timings['machine_info'].get('python_version', '')}, {timings['datetime'][:10]}"]
+    parts = [
+        f"# One run\n\n{cpu}, {timings['machine_info'].get('python_version', '')}, {timings['datetime'][:10]}"
+    ]
     if by_kind["shapes"]:
         parts += ["## Shapes, one thread", shapes_table(by_kind["shapes"], bandwidth)]
     if by_kind["chain"]:

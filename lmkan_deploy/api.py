@@ -57,6 +57,7 @@ def export(
     without_passes: Sequence[str] = (),
     external_data: bool | None = None,
     check: bool = True,
+    inputs: Callable[[list[str]], Mapping[str, NDArray[Any]]] | None = None,
     rtol: float | None = None,
     progress: Progress = lambda _: None,
 ) -> ExportResult:
@@ -76,6 +77,8 @@ def export(
         without_passes: Names of passes to leave out; "all" leaves out every pass that can be.
         external_data: Whether weights get a file of their own; None decides by their size.
         check: Whether to compare ONNX Runtime with PyTorch, with the compiled operator and without.
+        inputs: Called with the names of the network's inputs, returns arrays to compare on besides random
+            ones.
         rtol: Allowed relative error of that comparison; None takes a default by type.
         progress: Called with a line at each step.
 
@@ -101,7 +104,14 @@ def export(
     progress("writing")
     with staged_model(model, path, external_data=external_data) as staged:
         if check:
-            verification = _verify_staged(staged, loaded, specs, model, rtol, progress)
+            cases = random_cases(specs)
+            if inputs is not None:
+                cases["given inputs"] = dict(inputs([spec.name for spec in specs]))
+            names = [str(value.name) for value in model.graph.outputs]
+            reference = _torch_runner(loaded, specs, names)
+            runners = [load_runner(staged), load_runner(staged, "onnxruntime-function")]
+            verification = verify_runners(reference, runners, cases, rtol=rtol, progress=progress)
+            _require(verification, "the exported model differs from PyTorch")
     return ExportResult(path, loaded.kind, loaded.notes, verification, inspect_model(path))
 
 
@@ -286,21 +296,6 @@ def _convert(
     if checkpoint.program is not None:
         return program_to_onnx(checkpoint.program, specs, opset=opset, passes=passes)
     return to_onnx(checkpoint.module, specs, opset=opset, passes=passes)
-
-
-def _verify_staged(
-    staged: Path,
-    checkpoint: Checkpoint,
-    specs: Sequence[TensorSpec],
-    model: ir.Model,
-    rtol: float | None,
-    progress: Progress,
-) -> Verification:
-    reference = _torch_runner(checkpoint, specs, [str(value.name) for value in model.graph.outputs])
-    runners = [load_runner(staged), load_runner(staged, "onnxruntime-function")]
-    verification = verify_runners(reference, runners, random_cases(specs), rtol=rtol, progress=progress)
-    _require(verification, "the exported model differs from PyTorch")
-    return verification
 
 
 def _require(verification: Verification, what: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -145,6 +147,10 @@ def export(
     verify_result: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare ONNX Runtime with PyTorch before writing.")
     ] = True,
+    inputs: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--inputs", "-i", help="Inputs to compare on, besides random ones: .npz or .npy."),
+    ] = None,
     rtol: RelativeTolerance = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -183,6 +189,7 @@ def export(
             without_passes=no_passes or [],
             external_data=external_data,
             check=verify_result,
+            inputs=None if inputs is None else lambda names: _read_arrays(inputs, names),
             rtol=rtol,
             progress=progress,
         )
@@ -420,7 +427,7 @@ def _read_arrays(path: Path, names: list[str]) -> Arrays:
     try:
         content = np.load(path, allow_pickle=False)
         arrays = {key: content[key] for key in content.files} if hasattr(content, "files") else {"": content}
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"expected a .npz or .npy file of arrays, could not read {path}: {error}") from error
     if len(arrays) == 1 and len(names) == 1:
         return {names[0]: next(iter(arrays.values()))}

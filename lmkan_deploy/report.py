@@ -50,19 +50,8 @@ def _print_passes(lines: dict[str, list[str]], prefix: str) -> None:
 
 def print_verification(result: Verification) -> None:
     """All comparisons, and the first bad element of each that failed."""
-    table = Table(title=f"against {result.reference}", title_justify="left")
-    table.add_column("runtime", no_wrap=True)
-    table.add_column("inputs", no_wrap=True)
-    table.add_column("output")
-    for name in ("max abs", "p99 abs", "median abs", "max rel", "allowed"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
-    for c in result.comparisons:
-        verdict = Text("ok", "green") if c.passed else Text("FAILED", "bold red")
-        errors = (c.max_abs, c.p99_abs, c.p50_abs, c.max_rel, c.rtol)
-        cells = ("" if c.problem is not None else f"{error:.1e}" for error in errors)
-        table.add_row(c.runner, c.case, c.output, *cells, verdict)
-    _console.print(table)
+    for runner in dict.fromkeys(c.runner for c in result.comparisons):
+        _console.print(_comparison_table(f"{runner} against {result.reference}", result, runner))
     failed = [c for c in result.comparisons if not c.passed]
     for c in failed:
         _console.print(f"[red]{c.runner}, {c.case}:[/] {_failure(c)}")
@@ -72,6 +61,23 @@ def print_verification(result: Verification) -> None:
         if failed
         else f"[green]all {total} comparisons passed[/]"
     )
+
+
+def _comparison_table(title: str, result: Verification, runner: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("inputs", no_wrap=True)
+    table.add_column("output")
+    for name in ("max abs", "p99 abs", "max rel", "p99 rel", "allowed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for c in result.comparisons:
+        if c.runner != runner:
+            continue
+        verdict = Text("ok", "green") if c.passed else Text("FAILED", "bold red")
+        errors = (c.max_abs, c.p99_abs, c.max_rel, c.p99_rel, c.rtol)
+        cells = ("" if c.problem is not None else f"{error:.1e}" for error in errors)
+        table.add_row(c.case, c.output, *cells, verdict)
+    return table
 
 
 def _failure(comparison: Comparison) -> str:

@@ -19,6 +19,9 @@ DEFAULT_RTOL = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5
 A layer's own float32 rounding is about 1e-6; networks amplify it by the slopes of their functions.
 """
 
+_RANDOM = "random"
+"""First word of the names of random cases."""
+
 BATCH_SIZES = (1, 2, 7, 64)
 """Sizes of the free axes of random inputs."""
 
@@ -28,8 +31,9 @@ class Comparison:
     """One output of one runner against the reference, over one set of inputs.
 
     An element passes when |actual - expected| <= rtol * (|expected| + rms), where rms is the root mean
-    square of the expected output over all cases: small elements of a large output need not be accurate to
-    their own size, and a case of few rows may hold nothing but small ones.
+    square of the expected output: small elements of a large output need not be accurate to their own size.
+    The random cases share one rms, since a case of few rows may hold nothing but small values; other cases
+    have their own.
 
     Attributes:
         runner: What ran.
@@ -40,6 +44,8 @@ class Comparison:
         max_rel: Largest error relative to |expected| + rms.
         p50_abs: Median absolute error.
         p99_abs: 99th percentile of the absolute error.
+        p50_rel: Median relative error.
+        p99_rel: 99th percentile of the relative error.
         rtol: Allowed relative error.
         first_bad: Index of the first element that fails, None when all pass.
         first_bad_values: Expected and actual value there.
@@ -54,6 +60,8 @@ class Comparison:
     max_rel: float = 0.0
     p50_abs: float = 0.0
     p99_abs: float = 0.0
+    p50_rel: float = 0.0
+    p99_rel: float = 0.0
     rtol: float = 0.0
     first_bad: tuple[int, ...] | None = None
     first_bad_values: tuple[float, float] | None = None
@@ -95,7 +103,7 @@ def random_cases(
     rng = np.random.default_rng(seed)
     is_free = any(not isinstance(size, int) for spec in specs for size in spec.shape)
     return {
-        f"random {size}" if is_free else "random": random_inputs(specs, {None: size}, rng)
+        f"{_RANDOM} {size}" if is_free else _RANDOM: random_inputs(specs, {None: size}, rng)
         for size in (sizes if is_free else sizes[:1])
     }
 
@@ -137,7 +145,7 @@ def verify_runners(
                 continue
             for output, want in expected[case].items():
                 base = Comparison(runner.name, case, output)
-                comparisons.append(_compare(base, want, actual, scales[output], rtol))
+                comparisons.append(_compare(base, want, actual, scales[_pool(case), output], rtol))
     name = "stored outputs" if isinstance(reference, Mapping) else reference.name
     return Verification(name, comparisons)
 
@@ -154,16 +162,23 @@ def _expected(
     return result
 
 
-def _root_mean_squares(expected: Mapping[str, Arrays]) -> dict[str, float]:
-    """Root mean square of each output's finite elements over all cases."""
-    total: dict[str, tuple[float, int]] = {}
-    for outputs in expected.values():
+def _pool(case: str) -> str:
+    """Cases of one pool share a scale. Given inputs never share theirs with random ones, whose outputs may
+    be of another size altogether.
+    """
+    return _RANDOM if case.startswith(_RANDOM) else case
+
+
+def _root_mean_squares(expected: Mapping[str, Arrays]) -> dict[tuple[str, str], float]:
+    """(pool, output) -> root mean square of the finite elements."""
+    total: dict[tuple[str, str], tuple[float, int]] = {}
+    for case, outputs in expected.items():
         for name, array in outputs.items():
             values = array.astype(np.float64)
             values = values[np.isfinite(values)]
-            squares, count = total.get(name, (0.0, 0))
-            total[name] = (squares + float(np.square(values).sum()), count + values.size)
-    return {name: np.sqrt(squares / count) if count else 0.0 for name, (squares, count) in total.items()}
+            squares, count = total.get((_pool(case), name), (0.0, 0))
+            total[_pool(case), name] = (squares + float(np.square(values).sum()), count + values.size)
+    return {key: np.sqrt(squares / count) if count else 0.0 for key, (squares, count) in total.items()}
 
 
 def _compare(
@@ -200,6 +215,8 @@ def _statistics(base: Comparison, want: NDArray[Any], got: NDArray[Any], rms: fl
         max_rel=float(relative.max()),
         p50_abs=float(np.quantile(error, 0.5)),
         p99_abs=float(np.quantile(error, 0.99)),
+        p50_rel=float(np.quantile(relative, 0.5)),
+        p99_rel=float(np.quantile(relative, 0.99)),
         first_bad=first,
         first_bad_values=None if first is None else (float(want[first]), float(got[first])),
     )

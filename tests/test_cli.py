@@ -67,7 +67,7 @@ def test_inspect(methane: Path) -> None:
         "x float32[batch, 12]",
         "ai.onnx 20, lmkan 1",
         "present",
-        "2 BatchNormalization",
+        "fold-scale-shift: lmkan1: BatchNormalization",
         "3,072",
     ):
         assert fragment in text

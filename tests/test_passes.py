@@ -35,7 +35,9 @@ from networks import make_stack
 SHAPES = {"pairs": st.integers(1, 5), "grids": st.integers(3, 13), "outputs": st.integers(1, 6)}
 
 
-def case(pairs: int, grids: int, outputs: int, seed: int) -> tuple[np.random.Generator, np.ndarray, np.ndarray]:
+def case(
+    pairs: int, grids: int, outputs: int, seed: int
+) -> tuple[np.random.Generator, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     table = rng.standard_normal((pairs, grids + 1, grids + 1, outputs))
     x = rng.standard_normal((40, 2 * pairs)) * rng.choice([0.1, 1.0, 60.0], (40, 1))
@@ -78,7 +80,9 @@ def op_types(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph]
 
 
-def check(module: torch.nn.Module, shape: str, tmp_path: Path, *, rows: tuple[int, ...] = (0, 1, 5)) -> ir.Model:
+def check(
+    module: torch.nn.Module, shape: str, tmp_path: Path, *, rows: tuple[int, ...] = (0, 1, 5)
+) -> ir.Model:
     """Exports with and without passes, compares both with PyTorch, and returns the rewritten model."""
     torch.manual_seed(0)
     for name, parameter in module.named_parameters():

@@ -63,6 +63,19 @@ def test_small_elements_are_judged_by_the_size_of_the_output() -> None:
     assert not compare(y * 0, y * 0 + 1e-30).passed  # an output that is all zeros has no size
 
 
+def test_given_inputs_have_a_scale_of_their_own() -> None:
+    """Random inputs may drive a network far out of its range; that must not excuse errors inside it."""
+    far, near = {"y": np.full(4, 1e6)}, {"y": np.ones(4)}
+    x = {"x": np.zeros((1, 2), np.float32)}
+    expected = {"random 1": far, "random 2": far, "given inputs": near}
+    result = verify_runners(expected, [Fixed({"y": np.ones(4) * 1.5})], dict.fromkeys(expected, x))
+    assert [c.passed for c in result.comparisons] == [False, False, False]
+    pooled = verify_runners(
+        {"random 1": far, "random 2": near}, [Fixed(near)], {"random 2": x, "random 1": x}
+    ).comparisons
+    assert [c.passed for c in pooled] == [True, False]
+
+
 def test_values_that_are_not_finite() -> None:
     y = np.array([np.nan, np.inf, 1.0])
     assert compare(y, np.array([np.inf, np.nan, 1.0])).passed
