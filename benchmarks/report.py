@@ -54,7 +54,7 @@ def shapes_table(entries: list[Entry], bandwidth: dict[int, float]) -> str:
             seconds = entry["stats"]["median"]
             evaluations = entry["extra_info"]["evaluations"]
             target = TARGETS[shape][{"float32": 0, "float16": 1}[form]] if form.startswith("float") else None
-            lookup = form != "dense"
+            lookup = form not in ("dense", "identity")
             share = floor_seconds(shape, evaluations, bandwidth) / seconds if form == "float32" else None
             lines.append(
                 f"| {shape} | {form} | {milliseconds(entry)} "

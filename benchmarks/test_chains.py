@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import networks
+import workloads
 
 CHAINS = [(12, 128, 128, 1), (32, 256, 256, 1), (64, 64, 64, 10)]
 BATCHES = [256, 1024]
@@ -19,9 +19,9 @@ def test_chains(benchmark, widths: tuple[int, ...], batch: int, part: str | int)
     """The whole network, and each of its layers alone."""
     rng = np.random.default_rng(0)
     pairs = list(zip(widths[:-1], widths[1:], strict=True))
-    tables = [networks.random_table(rng, n_in, n_out, 12) for n_in, n_out in pairs]
+    tables = [workloads.random_table(rng, n_in, n_out, 12) for n_in, n_out in pairs]
     first = 0 if part == "network" else int(part)
     x = rng.standard_normal((batch, widths[first]), dtype=np.float32)
-    run = networks.lookup(x, tables if part == "network" else [tables[first]])
+    run = workloads.lookup(x, tables if part == "network" else [tables[first]])
     benchmark.extra_info |= {"kind": "chain", "widths": list(widths), "batch": batch, "part": part}
     benchmark(run)

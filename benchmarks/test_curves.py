@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import networks
+import workloads
 
 POINTS = [
     *(("G", 128, grids, 1024, 1) for grids in (3, 5, 8, 12, 16, 20, 26, 32, 40, 52)),
@@ -23,7 +23,7 @@ POINTS = [
 def test_curves(benchmark, curve: str, width: int, num_grids: int, batch: int, threads: int) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch, width), dtype=np.float32)
-    run = networks.lookup(x, [networks.random_table(rng, width, width, num_grids)], threads=threads)
+    run = workloads.lookup(x, [workloads.random_table(rng, width, width, num_grids)], threads=threads)
     benchmark.extra_info |= {
         "kind": "curve",
         "curve": curve,

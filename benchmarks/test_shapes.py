@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import networks
+import workloads
 
 # N_in, N_out, G, batch; the last of the list is latency.
 SHAPES = [
@@ -17,10 +17,10 @@ SHAPES = [
     (128, 128, 26, 1),
 ]
 FORMS = ["dense", "float32", "float16"]
-SLOW_FORMS = ["function", "embedding_bag"]
-SLOW_SHAPES = [(128, 128, 26, 1024), (128, 128, 26, 1)]
+OTHER_FORMS = ["function", "embedding_bag", "identity"]
+OTHER_SHAPES = [(128, 128, 26, 1024), (128, 128, 26, 1)]
 
-CASES = [(shape, form) for shape in SHAPES for form in FORMS + (SLOW_FORMS if shape in SLOW_SHAPES else [])]
+CASES = [(shape, form) for shape in SHAPES for form in FORMS + (OTHER_FORMS if shape in OTHER_SHAPES else [])]
 
 
 def name(shape: tuple[int, ...]) -> str:
@@ -33,16 +33,17 @@ def test_shapes(benchmark, shape: tuple[int, int, int, int], form: str) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch, n_in), dtype=np.float32)
     if form == "dense":
-        run = networks.dense(x, n_out)
+        run = workloads.dense(x, n_out)
     else:
-        table = networks.random_table(rng, n_in, n_out, num_grids)
+        table = workloads.random_table(rng, n_in, n_out, num_grids)
         if form == "float16":
             table = table.astype(np.float16)
         run = {
-            "float32": lambda: networks.lookup(x, [table]),
-            "float16": lambda: networks.lookup(x, [table]),
-            "function": lambda: networks.lookup(x, [table], custom_ops=False),
-            "embedding_bag": lambda: networks.embedding_bag(x, table),
+            "float32": lambda: workloads.lookup(x, [table]),
+            "float16": lambda: workloads.lookup(x, [table]),
+            "function": lambda: workloads.lookup(x, [table], custom_ops=False),
+            "embedding_bag": lambda: workloads.embedding_bag(x, table),
+            "identity": lambda: workloads.identity(x),
         }[form]()
     benchmark.extra_info |= {"kind": "shapes", "shape": name(shape), "form": form}
     benchmark.extra_info["evaluations"] = batch * n_in // 2 * n_out

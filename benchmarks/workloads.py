@@ -81,6 +81,14 @@ def dense(x: np.ndarray, n_out: int, *, threads: int = 1) -> Run:
     return lambda: session.run(None, {"x": x})
 
 
+def identity(x: np.ndarray) -> Run:
+    """A graph that does nothing: what a call costs before any work."""
+    node = helper.make_node("Identity", ["x"], ["y"])
+    session = _session([node], {}, x.shape[1], x.shape[1], custom_ops=False, threads=1)
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], x)
+    return lambda: session.run(None, {"x": x})
+
+
 def embedding_bag(x: np.ndarray, table: np.ndarray) -> Run:
     """The layer as a PyTorch user would write it: a weighted embedding_bag over the table's rows."""
     import torch
