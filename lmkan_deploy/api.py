@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmkan_deploy.errors import CheckpointError, VerificationError
+from lmkan_deploy.errors import CheckpointError, ExportError, VerificationError
 from lmkan_deploy.inspection import ModelInfo, inspect_model
 from lmkan_deploy.runtime.runner import Runner, RuntimeName, load_runner
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lmkan_deploy.checkpoints import Architecture, Checkpoint
     from lmkan_deploy.converters.passes.base import Outcome, Pass
+    from lmkan_deploy.converters.table_dtype import TableDtype
     from lmkan_deploy.runtime.pytorch import TorchRunner
 
 Progress = Callable[[str], None]
@@ -55,6 +56,7 @@ def export(
     opset: int | None = None,
     passes: Sequence[str] | None = None,
     without_passes: Sequence[str] = (),
+    table_dtype: TableDtype = "float32",
     external_data: bool | None = None,
     check: bool = True,
     inputs: Callable[[list[str]], Mapping[str, NDArray[Any]]] | None = None,
@@ -75,6 +77,9 @@ def export(
         passes: Names of the graph passes to run; None for all. `lmkan_deploy.converters.passes.PASSES`
             lists them.
         without_passes: Names of passes to leave out; "all" leaves out every pass that can be.
+        table_dtype: Element type of the tables in the file: float32, float16 or bfloat16. The model is
+            verified with float32 tables first; what narrow ones cost is reported, and limited by `rtol`
+            alone.
         external_data: Whether weights get a file of their own; None decides by their size.
         check: Whether to compare ONNX Runtime with PyTorch, with the compiled operator and without.
         inputs: Called with the names of the network's inputs, returns arrays to compare on besides random
@@ -89,7 +94,7 @@ def export(
         ModelError: The file can't be written.
     """
     from lmkan_deploy.checkpoints import load_checkpoint
-    from lmkan_deploy.converters.model_file import staged_model
+    from lmkan_deploy.converters.model_file import staged_model, temporary_model
     from lmkan_deploy.converters.passes import select_passes
 
     selected = select_passes(passes, without_passes)
@@ -100,18 +105,26 @@ def export(
     specs = _input_specs(loaded, input_shapes)
     model = _convert(loaded, specs, opset, selected)
     model.metadata_props.update(_provenance(loaded, architecture, input_shapes))
-    verification = None
+    names = [str(value.name) for value in model.graph.outputs]
+    reference = _torch_runner(loaded, specs, names)
+    cases = random_cases(specs)
+    if inputs is not None:
+        cases["given inputs"] = dict(inputs([spec.name for spec in specs]))
+
+    def verified(file: Path, allowed: float | None) -> Verification:
+        runners = [load_runner(file), load_runner(file, "onnxruntime-function")]
+        result = verify_runners(reference, runners, cases, rtol=allowed, progress=progress)
+        _require(result, "the exported model differs from PyTorch")
+        return result
+
+    if check and table_dtype != "float32":
+        progress("verifying with float32 tables")
+        with temporary_model(model, path, external_data=external_data) as file:
+            verified(file, None)
+    _narrow(model, table_dtype)
     progress("writing")
     with staged_model(model, path, external_data=external_data) as staged:
-        if check:
-            cases = random_cases(specs)
-            if inputs is not None:
-                cases["given inputs"] = dict(inputs([spec.name for spec in specs]))
-            names = [str(value.name) for value in model.graph.outputs]
-            reference = _torch_runner(loaded, specs, names)
-            runners = [load_runner(staged), load_runner(staged, "onnxruntime-function")]
-            verification = verify_runners(reference, runners, cases, rtol=rtol, progress=progress)
-            _require(verification, "the exported model differs from PyTorch")
+        verification = verified(staged, _tolerance(rtol, table_dtype)) if check else None
     return ExportResult(path, loaded.kind, loaded.notes, verification, inspect_model(path))
 
 
@@ -140,6 +153,7 @@ def optimize(
     *,
     passes: Sequence[str] | None = None,
     without_passes: Sequence[str] = (),
+    table_dtype: TableDtype = "float32",
     external_data: bool | None = None,
     check: bool = True,
     rtol: float | None = None,
@@ -154,6 +168,7 @@ def optimize(
         output: The ONNX file to write; may be the same.
         passes: See `export`.
         without_passes: See `export`.
+        table_dtype: See `export`; tables that are not float32 stay as they are.
         external_data: See `export`.
         check: Whether to compare the two models in ONNX Runtime.
         rtol: See `export`.
@@ -173,6 +188,8 @@ def optimize(
     before = len(graph.graph)
     progress("rewriting")
     outcomes = run_all(graph, selected)
+    outcomes["table-dtype"] = _narrow(graph, table_dtype)
+    rtol = _tolerance(rtol, table_dtype)
     progress("writing")
     verification = None
     with staged_model(graph, Path(output), external_data=external_data) as staged:
@@ -296,6 +313,25 @@ def _convert(
     if checkpoint.program is not None:
         return program_to_onnx(checkpoint.program, specs, opset=opset, passes=passes)
     return to_onnx(checkpoint.module, specs, opset=opset, passes=passes)
+
+
+def _narrow(model: ir.Model, table_dtype: TableDtype) -> Outcome:
+    from lmkan_deploy.converters.table_dtype import narrow_tables
+
+    outcome = narrow_tables(model, table_dtype)
+    if outcome.refused:
+        raise ExportError(
+            f"expected tables within the range of {table_dtype}, found {'; '.join(outcome.refused)}; choose "
+            "another --table-dtype"
+        )
+    return outcome
+
+
+def _tolerance(rtol: float | None, table_dtype: TableDtype) -> float | None:
+    """What narrow tables may cost unless the user says: a network amplifies their rounding by its slopes, so
+    only nonsense is refused, and the error is reported.
+    """
+    return 1.0 if rtol is None and table_dtype != "float32" else rtol
 
 
 def _require(verification: Verification, what: str) -> None:

@@ -84,6 +84,14 @@ NoPasses = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--no-passes", metavar="NAME", help="Leave out this graph pass, or all. May be repeated."),
 ]
+TableDtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--table-dtype",
+        help="Type of the tables in the file: float32, float16 or bfloat16. Narrow ones are half the size; "
+        "what their rounding costs is reported, and limited by --rtol.",
+    ),
+]
 ExternalData = Annotated[
     Optional[bool],  # noqa: UP045
     typer.Option(
@@ -143,6 +151,7 @@ def export(
     ] = None,
     passes: Passes = None,
     no_passes: NoPasses = None,
+    table_dtype: TableDtypeOption = "float32",
     external_data: ExternalData = None,
     verify_result: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare ONNX Runtime with PyTorch before writing.")
@@ -187,6 +196,7 @@ def export(
             opset=opset,
             passes=passes,
             without_passes=no_passes or [],
+            table_dtype=table_dtype,  # type: ignore[arg-type]
             external_data=external_data,
             check=verify_result,
             inputs=None if inputs is None else lambda names: _read_arrays(inputs, names),
@@ -220,6 +230,7 @@ def optimize(
     ],
     passes: Passes = None,
     no_passes: NoPasses = None,
+    table_dtype: TableDtypeOption = "float32",
     external_data: ExternalData = None,
     verify_result: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the two models before writing.")
@@ -244,6 +255,7 @@ def optimize(
             output,
             passes=passes,
             without_passes=no_passes or [],
+            table_dtype=table_dtype,  # type: ignore[arg-type]
             external_data=external_data,
             check=verify_result,
             rtol=rtol,

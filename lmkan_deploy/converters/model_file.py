@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -45,16 +44,16 @@ def load_model(path: Path) -> ir.Model:
 
 
 @contextmanager
-def staged_model(model: ir.Model, path: Path, *, external_data: bool | None = None) -> Iterator[Path]:
-    """Writes a model beside its destination; it moves there when the block ends without an error.
+def temporary_model(model: ir.Model, path: Path, *, external_data: bool | None = None) -> Iterator[Path]:
+    """Writes a model into a folder of its own beside a path, and removes it at the end of the block.
 
     Args:
         model: Written as it is.
-        path: Destination; replaced if it exists.
+        path: Gives the file its name, and the folder its place: on the same file system.
         external_data: Whether weights go to `<path>.data`; None decides by `EXTERNAL_DATA_THRESHOLD`.
 
     Yields:
-        The staged file, complete and loadable.
+        The file, complete and loadable.
 
     Raises:
         ModelError: The folder does not exist or can't be written.
@@ -66,21 +65,29 @@ def staged_model(model: ir.Model, path: Path, *, external_data: bool | None = No
     except OSError as error:
         raise ModelError(f"expected a writable folder for {path}, found {error.strerror}") from error
     try:
-        staged = folder / path.name
+        file = folder / path.name
         if external_data:
             ir.save(
-                model, staged, external_data=f"{path.name}.data", size_threshold_bytes=_EXTERNAL_TENSOR_BYTES
+                model, file, external_data=f"{path.name}.data", size_threshold_bytes=_EXTERNAL_TENSOR_BYTES
             )
         else:
-            ir.save(model, staged)
-        yield staged
-        # The weights first: a model file never refers to data that is not there.
-        for file in sorted(folder.iterdir(), key=lambda file: file == staged):
-            os.replace(file, path.parent / file.name)
-        if not external_data:
-            Path(f"{path}.data").unlink(missing_ok=True)
+            ir.save(model, file)
+        yield file
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def staged_model(model: ir.Model, path: Path, *, external_data: bool | None = None) -> Iterator[Path]:
+    """Like `temporary_model`, and moves the model to `path` when the block ends without an error."""
+    with temporary_model(model, path, external_data=external_data) as staged:
+        yield staged
+        files = sorted(staged.parent.iterdir(), key=lambda file: file == staged)
+        # The weights first: a model file never refers to data that is not there.
+        for file in files:
+            file.replace(path.parent / file.name)
+        if len(files) == 1:
+            Path(f"{path}.data").unlink(missing_ok=True)
 
 
 def initializer_bytes(model: ir.Model) -> int:

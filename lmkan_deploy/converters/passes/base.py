@@ -76,7 +76,7 @@ def float32_table(node: ir.Node) -> NDArray[np.float32] | None:
     return table if table is not None and table.dtype == np.float32 else None
 
 
-def replace_table(graph: ir.Graph, node: ir.Node, table: NDArray[np.float32]) -> None:
+def replace_table(graph: ir.Graph, node: ir.Node, table: NDArray[Any]) -> None:
     """Gives a lookup node a new table; other nodes that share the old one keep it."""
     old = node.inputs[1]
     assert old is not None
@@ -89,7 +89,7 @@ def replace_table(graph: ir.Graph, node: ir.Node, table: NDArray[np.float32]) ->
     value = ir.Value(
         name=name,
         shape=ir.Shape(table.shape),
-        type=ir.TensorType(ir.DataType.FLOAT),
+        type=ir.TensorType(ir.DataType.from_numpy(table.dtype)),
         const_value=ir.Tensor(np.ascontiguousarray(table), name=name),
     )
     graph.register_initializer(value)

@@ -1,0 +1,78 @@
+"""Tables in fewer bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import lmkan_deploy
+from lmkan_deploy.errors import ExportError, VerificationError
+from lmkan_deploy.runtime.runner import load_runner
+from networks import ExportedStack, UserModel, make_stack
+
+UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+"""Largest relative error of one rounding."""
+
+
+@pytest.mark.parametrize("dtype", UNIT)
+def test_user_models_with_narrow_tables(dtype: str, user_model: UserModel, tmp_path: Path) -> None:
+    result = lmkan_deploy.export(
+        user_model.state_dict,
+        tmp_path / "model.onnx",
+        architecture=user_model.architecture,
+        input_shapes=user_model.input_shapes,
+        table_dtype=dtype,
+    )
+    assert result.verification.passed
+    assert {layer.table_dtype for layer in result.info.layers} == {dtype}
+    wide = lmkan_deploy.export(
+        user_model.state_dict,
+        tmp_path / "wide.onnx",
+        architecture=user_model.architecture,
+        input_shapes=user_model.input_shapes,
+    )
+    assert result.info.weight_bytes < 0.51 * wide.info.weight_bytes
+    error = {}
+    for runtime in ("onnxruntime", "onnxruntime-function", "onnx-reference"):
+        y = load_runner(result.path, runtime).run({"x": user_model.x})["y"]
+        assert y.dtype == np.float32
+        error[runtime] = np.abs(y - user_model.y).max() / np.abs(user_model.y).max()
+    # The rounding shows, in every runtime alike, and stays of its order.
+    assert all(0.01 * UNIT[dtype] < e < 40 * UNIT[dtype] for e in error.values()), error
+    assert max(error.values()) < 1.2 * min(error.values())
+
+
+def test_a_tighter_tolerance_than_the_type_gives_fails(stack: ExportedStack, tmp_path: Path) -> None:
+    with pytest.raises(VerificationError):
+        lmkan_deploy.export(stack.checkpoint, tmp_path / "m.onnx", table_dtype="bfloat16", rtol=1e-5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_optimizing_a_file(stack: ExportedStack, tmp_path: Path) -> None:
+    result = lmkan_deploy.optimize(stack.onnx, tmp_path / "half.onnx", table_dtype="float16")
+    assert result.outcomes["table-dtype"].applied == ["0", "2"]
+    assert result.verification.passed
+    again = lmkan_deploy.optimize(tmp_path / "half.onnx", tmp_path / "again.onnx", table_dtype="bfloat16")
+    assert again.outcomes["table-dtype"].applied == []  # never narrowed twice
+
+
+def test_entries_beyond_the_range_are_refused(tmp_path: Path) -> None:
+    module = make_stack(4, 2)
+    with torch.no_grad():
+        module[0].func_parameter[0, 0, 0, 0] = 1e5
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ExportError, match=r"range of float16, found 0: its largest entry, 1e\+05"):
+        lmkan_deploy.export(tmp_path / "model.pt", table_dtype="float16")
+    assert not (tmp_path / "model.onnx").exists()
+    assert (
+        lmkan_deploy.export(tmp_path / "model.pt", table_dtype="bfloat16").info.weight_bytes
+        == 2 * 7 * 7 * 2 * 2
+    )
+
+
+def test_unknown_types_are_refused(stack: ExportedStack, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="float32, float16, bfloat16, found 'int3'"):
+        lmkan_deploy.optimize(stack.onnx, tmp_path / "x.onnx", table_dtype="int3")
