@@ -206,6 +206,8 @@ def _statistics(base: Comparison, want: NDArray[Any], got: NDArray[Any], rms: fl
         error = np.where(np.isfinite(error), error, np.inf)
         scale = np.where(finite, np.abs(want), 0.0) + rms
         relative = np.divide(error, scale, out=np.where(error > 0, np.inf, 0.0), where=scale > 0)
+        p50_abs, p99_abs = np.quantile(error, (0.5, 0.99))
+        p50_rel, p99_rel = np.quantile(relative, (0.5, 0.99))
     bad = np.argwhere(relative > base.rtol)
     first = tuple(int(i) for i in bad[0]) if len(bad) else None
     return replace(
@@ -213,10 +215,10 @@ def _statistics(base: Comparison, want: NDArray[Any], got: NDArray[Any], rms: fl
         elements=want.size,
         max_abs=float(error.max()),
         max_rel=float(relative.max()),
-        p50_abs=float(np.quantile(error, 0.5)),
-        p99_abs=float(np.quantile(error, 0.99)),
-        p50_rel=float(np.quantile(relative, 0.5)),
-        p99_rel=float(np.quantile(relative, 0.99)),
+        p50_abs=float(p50_abs),
+        p99_abs=float(p99_abs),
+        p50_rel=float(p50_rel),
+        p99_rel=float(p99_rel),
         first_bad=first,
         first_bad_values=None if first is None else (float(want[first]), float(got[first])),
     )
