@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmkan_deploy.errors import CheckpointError, ExportError, VerificationError
+from lmkan_deploy.errors import CheckpointError, ExportError, LibraryError, VerificationError
 from lmkan_deploy.inspection import ModelInfo, inspect_model
 from lmkan_deploy.runtime.runner import Runner, RuntimeName, load_runner
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec
@@ -88,11 +89,13 @@ def export(
         progress: Called with a line at each step.
 
     Raises:
+        LibraryError: PyTorch, ONNX Runtime or the native library is missing.
         CheckpointError: The checkpoint can't be read, needs trust, or does not fit the architecture.
         ExportError: The network can't be expressed in ONNX.
         VerificationError: The exported model gives other answers; no file is left.
         ModelError: The file can't be written.
     """
+    _require_pytorch()
     from lmkan_deploy.checkpoints import load_checkpoint
     from lmkan_deploy.converters.model_file import staged_model, temporary_model
     from lmkan_deploy.converters.passes import select_passes
@@ -251,6 +254,7 @@ def verify(
     cases = random_cases(runners[0].inputs, seed=seed, **sizes) | given
     reference: Runner
     if checkpoint is not None:
+        _require_pytorch()
         from lmkan_deploy.checkpoints import load_checkpoint
 
         loaded = load_checkpoint(checkpoint, architecture, trust_pickle=trust_pickle)
@@ -258,6 +262,10 @@ def verify(
         reference = _torch_runner(loaded, _input_specs(loaded, input_shapes), names)
     else:
         reference = load_runner(model, "onnxruntime-function")
+        # Comparing it with itself would say nothing.
+        runners = [runner for runner in runners if runner.name != reference.name]
+        if not runners:
+            runners = [load_runner(model, "onnx-reference")]
     return verify_runners(reference, runners, cases, rtol=rtol, progress=progress)
 
 
@@ -288,6 +296,16 @@ def run(
 def inspect(model: str | Path) -> ModelInfo:
     """Summary of an ONNX model; see `ModelInfo`."""
     return inspect_model(model)
+
+
+def _require_pytorch() -> None:
+    for module in ("torch", "onnxscript"):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise LibraryError(
+                f"expected the package {module}, found none; install lmkan-deploy[export]"
+            ) from error
 
 
 def _input_specs(checkpoint: Checkpoint, input_shapes: Sequence[str]) -> list[TensorSpec]:

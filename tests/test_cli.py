@@ -105,6 +105,16 @@ def test_verify_against_the_checkpoint(methane: Path) -> None:
     assert len(report["comparisons"]) == 8
 
 
+def test_verify_without_a_reference_compares_the_runtimes(methane: Path) -> None:
+    report = json.loads(cli("verify", methane, "--json", "--batch", 3).stdout)
+    assert (report["reference"], report["comparisons"][0]["runner"]) == (
+        "onnxruntime-function",
+        "onnxruntime",
+    )
+    only = json.loads(cli("verify", methane, "--json", "--runtime", "onnxruntime-function").stdout)
+    assert {comparison["runner"] for comparison in only["comparisons"]} == {"onnx-reference"}
+
+
 def test_verify_against_stored_outputs(methane: Path, tmp_path: Path) -> None:
     stored = DATA / "methane.io.npz"
     good = cli("verify", methane, "-i", stored, "--outputs", stored, "--runtime", "onnx-reference")

@@ -63,6 +63,8 @@ def test_cpp_without_the_package(methane: Path, python_output: str, tmp_path: Pa
     command = [tmp_path / "run_model", lmkan_deploy.get_library_path(), methane]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout == python_output
-    wrong = subprocess.run([*command[:2], tmp_path / "none.onnx"], capture_output=True, text=True, check=False)
+    wrong = subprocess.run(
+        [*command[:2], tmp_path / "none.onnx"], capture_output=True, text=True, check=False
+    )
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("error: ")

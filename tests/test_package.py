@@ -48,6 +48,23 @@ def test_running_a_model_does_not_import_torch() -> None:
     assert "torch" not in python(code).split()
 
 
+@pytest.mark.parametrize("missing", ["torch", "onnxscript", "onnxruntime"])
+def test_missing_packages_are_named_with_the_extra_that_brings_them(missing: str, tmp_path: Path) -> None:
+    torch.save(make_stack(4, 2).state_dict(), tmp_path / "model.pt")
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None  # as if it were not installed
+from lmkan_deploy.cli import main
+sys.argv = ["lmkan-deploy", "export", {str(tmp_path / "model.pt")!r}]
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "install lmkan-deploy[" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
 def test_public_names_resolve() -> None:
     for name in lmkan_deploy.__all__:
         assert getattr(lmkan_deploy, name) is not None
