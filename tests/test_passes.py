@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import lmkan_deploy
 from lmkan_deploy.checkpoints.input_shapes import input_specs, parse_input_shape
 from lmkan_deploy.converters.model_file import staged_model
-from lmkan_deploy.converters.passes import PASSES, run_passes, select_passes
+from lmkan_deploy.converters.passes import PASSES, optimize, run_passes, select_passes
 from lmkan_deploy.converters.passes.fold_linear_branch import Linear, _with_branch
 from lmkan_deploy.converters.passes.fold_scale_shift import _scaled
 from lmkan_deploy.converters.passes.simplify_layout import simplify_layout
@@ -292,6 +292,56 @@ def test_half_precision_tables_are_left_alone(tmp_path: Path) -> None:
     model = to_onnx(module, input_specs(module, [parse_input_shape("n,4:float16")]))
     assert "BatchNormalization" in op_types(model)
     assert "not a float32 constant" in model.metadata_props["lmkan_deploy.passes_refused"]
+
+
+# --- Graphs that other tools write -------------------------------------------------------------------
+
+
+def hand_made(body: str, outputs: str) -> onnx.ModelProto:
+    """A model around `h = LMKAN2D(x, table)`, without the shapes of intermediate values."""
+    rng = np.random.default_rng(0)
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : 20, "lmkan" : 1]>
+        g (float[n, 4] x) => ({outputs}) {{ h = lmkan.LMKAN2D (x, table)  {body} }}"""
+    )
+    for name, shape in (("table", (2, 7, 7, 6)), ("c", (6,)), ("w", (4, 6)), ("column", (6, 1))):
+        array = rng.standard_normal(shape).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return proto
+
+
+@pytest.mark.parametrize(
+    ("body", "outputs", "left"),
+    [
+        ("y = Sub (c, h)", "float[n, 6] y", ["LMKAN2D"]),
+        ("a = Mul (h, c)  b = Add (a, c)  y = Sub (b, c)", "float[n, 6] y", ["LMKAN2D"]),
+        ("g = Gemm <alpha = 0.5, beta = 2.0> (x, w, c)  y = Add (g, h)", "float[n, 6] y", ["LMKAN2D"]),
+        ("y = Mul (h, c)  z = Identity (y)", "float[n, 6] y, float[n, 6] z", ["LMKAN2D", "Identity"]),
+        ("y = Mul (h, c)", "float[n, 6] h, float[n, 6] y", ["LMKAN2D", "Mul"]),
+        ("y = Div (c, h)", "float[n, 6] y", ["LMKAN2D", "Div"]),
+        ("t = Transpose <perm = [1, 0]> (h)  y = Mul (t, column)", "float[6, n] y", None),
+        ("k = lmkan.LMKAN2D (x, table)  m = Mul (k, c)  y = Add (h, m)", "float[n, 6] y", None),
+        ("s = ReduceSum <keepdims = 0> (table)  m = Mul (h, c)  y = Add (m, s)", "float[n, 6] y", None),
+    ],
+)
+def test_hand_made_graphs(body: str, outputs: str, left: list[str] | None) -> None:
+    proto = hand_made(body, outputs)
+    model = ir.serde.deserialize_model(proto)
+    optimize(model)
+    rewritten = ir.serde.serialize_model(model)
+    onnx.checker.check_model(rewritten)
+    assert [value.name for value in rewritten.graph.output] == [value.name for value in proto.graph.output]
+    if left is not None:
+        assert [node.op_type for node in rewritten.graph.node] == left
+
+    def run(m: onnx.ModelProto) -> list[np.ndarray]:
+        options = ort.SessionOptions()
+        lmkan_deploy.register_custom_ops(options)
+        x = np.random.default_rng(1).standard_normal((5, 4)).astype(np.float32)
+        return ort.InferenceSession(m.SerializeToString(), options).run(None, {"x": x})
+
+    for got, want in zip(run(rewritten), run(proto), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 # --- Constant pairs ----------------------------------------------------------------------------------

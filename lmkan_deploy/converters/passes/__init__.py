@@ -13,7 +13,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from lmkan_deploy.converters.onnx_function import attach_function
-from lmkan_deploy.converters.passes.base import Outcome, Pass
+from lmkan_deploy.converters.passes.base import Outcome, Pass, infer_lookup_shapes
 from lmkan_deploy.converters.passes.clean_up import clean_up
 from lmkan_deploy.converters.passes.drop_constant_pairs import drop_constant_pairs
 from lmkan_deploy.converters.passes.fold_linear_branch import fold_linear_branch
@@ -76,6 +76,7 @@ def run_passes(model: ir.Model, passes: Collection[Pass] = PASSES) -> dict[str, 
     while changed:
         changed = False
         for item in passes:
+            infer_lookup_shapes(model)
             outcome = item.run(model)
             outcomes[item.name].applied += outcome.applied
             outcomes[item.name].refused = outcome.refused

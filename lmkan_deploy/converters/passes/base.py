@@ -47,6 +47,17 @@ def lookups(model: ir.Model) -> Iterator[ir.Node]:
     yield from [node for node in model.graph if is_lookup(node)]
 
 
+def infer_lookup_shapes(model: ir.Model) -> None:
+    """Fills in types and shapes of lookup outputs, which a file that another tool wrote may lack."""
+    for node in lookups(model):
+        x, table, y = node.inputs[0], node.inputs[1], node.outputs[0]
+        if x is None or table is None or x.shape is None or table.shape is None:
+            continue
+        if len(x.shape) > 0 and len(table.shape) == 4:
+            y.type = x.type
+            y.shape = ir.Shape([*x.shape[:-1], table.shape[3]])
+
+
 def is_op(node: ir.Node | None, *op_types: str) -> bool:
     """Whether a node is a standard operator of one of these types."""
     return node is not None and node.domain in ("", "ai.onnx") and node.op_type in op_types
