@@ -23,13 +23,26 @@ from lmkan_deploy.checkpoints.input_shapes import BATCH
 from lmkan_deploy.errors import CheckpointError
 from lmkan_deploy.runtime.tensors import TensorSpec
 
+_SAFE_FILES = re.compile(
+    r"[^/]+/(archive_format|archive_version|byteorder|\.data/\w+|models/\w+\.json"
+    r"|data/weights/(weight_\d+|\w+_weights_config\.json)"
+    r"|data/constants/(tensor_\d+|\w+_constants_config\.json)"
+    r"|data/sample_inputs/\w+\.pt)"
+)
+"""What `torch.export.save` writes for a network of tensors; compiled code and pickled objects are not in it."""
+
 _SAFE_TARGETS = re.compile(
-    r"torch\.ops\.[A-Za-z0-9_]+\.[A-Za-z0-9_]+\.[A-Za-z0-9_]+"
+    r"torch\.ops\.(aten|lmkan)\.\w+\.\w+"
     r"|_operator\.(add|sub|mul|truediv|floordiv|mod|pow|neg|pos|and_|or_|not_|eq|ne|lt|le|gt|ge|getitem|index)"
     r"|math\.[a-z0-9_]+"
     r"|torch\.sym_[a-z]+"
     r"|torch\._sym_sqrt"
 )
+
+_UNSAFE_OPERATORS = re.compile(r"torch\.ops\.aten\.(from_file|_?save|_?load)\w*\..*")
+"""Operators that reach beyond tensors."""
+
+_SAFE_CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict")
 
 _SAFE_EXPRESSION = (
     ast.Expression,
@@ -107,48 +120,88 @@ def _weights_only() -> Iterator[None]:
 def _check_program(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
-            programs = [json.loads(archive.read(name)) for name in archive.namelist() if _is_program(name)]
-    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError) as error:
+            names = archive.namelist()
+            # Other spellings of a name, or one name twice, could show the loader another file than this check.
+            if len({name.lower() for name in names}) != len(names):
+                raise _unsafe(path, "holds one file name twice")
+            for name in names:
+                if not _SAFE_FILES.fullmatch(name):
+                    raise _unsafe(path, f"holds {name!r}")
+            documents = [json.loads(archive.read(name)) for name in names if name.endswith(".json")]
+    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"could not read {path} as a torch.export archive: {error}") from error
-    for program in programs:
-        for key, value in _strings(program):
-            if key == "target" and not _SAFE_TARGETS.fullmatch(value):
-                raise _unsafe(path, f"calls {value!r}")
-            if key in ("expr_str", "lower", "upper") and not _is_safe_expression(value):
-                raise _unsafe(path, f"evaluates {value!r}")
+    for document in documents:
+        for key, value in _entries(document):
+            found = _why_unsafe(key, value)
+            if found is not None:
+                raise _unsafe(path, found)
 
 
-def _is_program(name: str) -> bool:
-    return name.endswith("serialized_exported_program.json") or (
-        name.endswith(".json") and "/models/" in f"/{name}"
-    )
+def _why_unsafe(key: str, value: Any) -> str | None:
+    """What a JSON entry could make the loader run, None for a harmless one."""
+    if key == "use_pickle" and value is not False:
+        return "holds pickled tensors"
+    if key == "forward_arg_names" and value is not None and not str(value).isidentifier():
+        return f"names an argument {value!r}"
+    if key in ("in_spec", "out_spec") and value is not None:
+        return _why_unsafe_tree(value)
+    if not isinstance(value, str):
+        return None
+    if key == "target" and (not _SAFE_TARGETS.fullmatch(value) or _UNSAFE_OPERATORS.fullmatch(value)):
+        return f"calls {value!r}"
+    if key in ("expr_str", "lower", "upper") and not _is_safe_expression(value):
+        return f"evaluates {value!r}"
+    return None
 
 
-def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every string in a JSON document, with the key it stands under."""
+def _why_unsafe_tree(text: Any) -> str | None:
+    """Structures of inputs and outputs may name classes to import, and enumerations to look up in them."""
+    try:
+        document = json.loads(text)
+    except (TypeError, ValueError):
+        return f"describes its inputs or outputs as {text!r}"
+    for key, value in _entries(document):
+        if key == "type" and value not in _SAFE_CONTAINERS:
+            return f"has inputs or outputs of type {value!r}"
+        if "enum" in key or (isinstance(value, str) and "enum" in value):
+            return "has enumerations among its inputs or outputs"
+    return None
+
+
+def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a JSON document that is not a container, with the key it stands under."""
     if isinstance(value, dict):
         for name, child in value.items():
-            yield from _strings(child, name)
+            yield from _entries(child, name)
     elif isinstance(value, list):
         for child in value:
-            yield from _strings(child, key)
-    elif isinstance(value, str):
+            yield from _entries(child, key)
+    else:
         yield key, value
 
 
 def _is_safe_expression(text: str) -> bool:
     try:
         tree = ast.parse(text.strip(), mode="eval")
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
+    # sympy evaluates a string that it meets as an argument, so only names of symbols may be strings.
+    names = set()
     for node in ast.walk(tree):
         if not isinstance(node, _SAFE_EXPRESSION):
             return False
-        if isinstance(node, ast.Call) and not (
-            isinstance(node.func, ast.Name) and _SAFE_CALLS.fullmatch(node.func.id)
-        ):
+        if isinstance(node, ast.Call):
+            if not (isinstance(node.func, ast.Name) and _SAFE_CALLS.fullmatch(node.func.id)):
+                return False
+            if node.func.id == "Symbol" and len(node.args) == 1 and isinstance(node.args[0], ast.Constant):
+                names.add(id(node.args[0]))
+        if isinstance(node, ast.Name) and "__" in node.id:
             return False
-    return True
+    return all(
+        isinstance(node.value, bool | int | float) or (id(node) in names and str(node.value).isidentifier())
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+    )
 
 
 def _unsafe(path: Path, found: str) -> CheckpointError:
