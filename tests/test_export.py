@@ -217,6 +217,25 @@ def test_external_data(stack: ExportedStack, tmp_path: Path) -> None:
         lmkan_deploy.inspect(path)
 
 
+@pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "a/../../secret"])
+def test_external_data_elsewhere_is_not_read(location: str, stack: ExportedStack, tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "model.onnx"
+    path.parent.mkdir()
+    lmkan_deploy.export(stack.checkpoint, path, external_data=True, check=False)
+    path.write_bytes(_with_location(onnx.load(path, load_external_data=False), location).SerializeToString())
+    for use in (lmkan_deploy.inspect, lambda p: lmkan_deploy.optimize(p, tmp_path / "o.onnx", check=False)):
+        with pytest.raises(ModelError, match="in its own folder"):
+            use(path)
+
+
+def _with_location(model: onnx.ModelProto, location: str) -> onnx.ModelProto:
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    return model
+
+
 def test_a_failed_verification_leaves_what_was_there(stack: ExportedStack, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     with pytest.raises(VerificationError, match="relative error .* nothing was written"):

@@ -24,7 +24,7 @@ def load_model(path: Path) -> ir.Model:
     """Reads an ONNX file; weights in external data stay on disk until they are used.
 
     Raises:
-        ModelError: The file is missing, empty, or not ONNX, or its external data is missing.
+        ModelError: The file is missing, empty, or not ONNX, or its external data is missing or elsewhere.
     """
     if not path.is_file():
         raise ModelError(f"expected an ONNX file, found no file {path}")
@@ -38,7 +38,15 @@ def load_model(path: Path) -> ir.Model:
         raise ModelError(f"expected an ONNX model with inputs and outputs, found none in {path}")
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and not Path(tensor.path).is_file():
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        location = Path(tensor.location)
+        if location.is_absolute() or ".." in location.parts:
+            raise ModelError(
+                f"expected the weights of {path} in its own folder, found {str(location)!r}; a model file may not "
+                "read others"
+            )
+        if not Path(tensor.path).is_file():
             raise ModelError(f"expected the weights of {path} in {tensor.path}, found no such file")
     return model
 
