@@ -43,8 +43,8 @@ def load_model(path: Path) -> ir.Model:
         location = Path(tensor.location)
         if location.is_absolute() or ".." in location.parts:
             raise ModelError(
-                f"expected the weights of {path} in its own folder, found {str(location)!r}; a model file may not "
-                "read others"
+                f"expected the weights of {path} in its own folder, found {str(location)!r}; a model file may "
+                "not read others"
             )
         if not Path(tensor.path).is_file():
             raise ModelError(f"expected the weights of {path} in {tensor.path}, found no such file")
