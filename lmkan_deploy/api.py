@@ -104,6 +104,8 @@ def export(
     progress("loading the checkpoint")
     loaded = load_checkpoint(checkpoint, architecture, trust_pickle=trust_pickle)
     path = Path(output) if output is not None else Path(checkpoint).with_suffix(".onnx")
+    if path.exists() and path.samefile(checkpoint):
+        raise CheckpointError(f"expected an output other than the checkpoint itself, found {path}; pass -o")
     progress("exporting to ONNX")
     specs = _input_specs(loaded, input_shapes)
     model = _convert(loaded, specs, opset, selected)

@@ -244,10 +244,10 @@ def program_file(tmp_path: Path) -> Path:
             self.lmkan = LMKAN2DLayer(4, 4, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.lmkan(x.reshape(x.shape[0] // 2, 4))
+            return self.lmkan(torch.cat([x, x]))
 
     program = torch.export.export(
-        Net().eval(), (torch.randn(8, 2),), dynamic_shapes=({0: 2 * torch.export.Dim("half")},)
+        Net().eval(), (torch.randn(8, 4),), dynamic_shapes=({0: torch.export.Dim("n")},)
     )
     torch.export.save(program, tmp_path / "model.pt2")
     return tmp_path / "model.pt2"
@@ -306,6 +306,15 @@ def set_target(target: str):
     return change
 
 
+def rename_values(code: str):
+    def change(document: dict) -> None:
+        values = document["graph_module"]["graph"]["tensor_values"]
+        name = next(iter(values))
+        values[f"{name}={code}"] = values.pop(name)
+
+    return change
+
+
 ENUM = [1, {"type": "builtins.list", "context": '{"__enum__": true, "fqn": "antigravity:X", "name": "a"}',
             "children_spec": [{"type": None, "context": None, "children_spec": []}]}]  # fmt: skip
 
@@ -319,6 +328,7 @@ ATTACKS = {
     "operator of another library": lambda code: set_target("torch.ops.inductor.accumulate_grad_.default"),
     "argument names": lambda code: set_signature("forward_arg_names", [f"x={code}"]),
     "annotated argument names": lambda code: set_signature("forward_arg_names", [f"x: {code}"]),
+    "names of values": lambda code: rename_values(code),
     "enumeration": lambda code: set_signature("out_spec", json.dumps(ENUM)),
 }
 

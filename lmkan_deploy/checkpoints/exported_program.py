@@ -42,6 +42,14 @@ _SAFE_TARGETS = re.compile(
 _UNSAFE_OPERATORS = re.compile(r"torch\.ops\.aten\.(from_file|_?save|_?load)\w*\..*")
 """Operators that reach beyond tensors."""
 
+_SAFE_TEXT = re.compile(r"[\w.+\-*/ ]*")
+"""Names of inputs, weights and nodes, which PyTorch writes into source code that it executes: nothing that
+could call, quote or assign. Sizes such as 2*s77 are names too."""
+
+_CHECKED_ELSEWHERE = ("expr_str", "lower", "upper", "in_spec", "out_spec")
+_DESCRIPTIONS = ("stack_trace", "nn_module_stack", "torch_fn", "from_node", "custom")
+"""Metadata that the loader reads as text."""
+
 _SAFE_CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict")
 
 _SAFE_EXPRESSION = (
@@ -147,6 +155,8 @@ def _why_unsafe(key: str, value: Any) -> str | None:
         return _why_unsafe_tree(value)
     if not isinstance(value, str):
         return None
+    if key not in (*_CHECKED_ELSEWHERE, *_DESCRIPTIONS) and not _SAFE_TEXT.fullmatch(value):
+        return f"holds the text {value!r}"
     if key == "target" and (not _SAFE_TARGETS.fullmatch(value) or _UNSAFE_OPERATORS.fullmatch(value)):
         return f"calls {value!r}"
     if key in ("expr_str", "lower", "upper") and not _is_safe_expression(value):
@@ -169,9 +179,12 @@ def _why_unsafe_tree(text: Any) -> str | None:
 
 
 def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a JSON document that is not a container, with the key it stands under."""
+    """Every value of a JSON document that is not a container, with the key it stands under; and
+    every key, under none.
+    """
     if isinstance(value, dict):
         for name, child in value.items():
+            yield "", name
             yield from _entries(child, name)
     elif isinstance(value, list):
         for child in value:
