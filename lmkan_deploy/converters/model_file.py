@@ -91,11 +91,22 @@ def staged_model(model: ir.Model, path: Path, *, external_data: bool | None = No
     with temporary_model(model, path, external_data=external_data) as staged:
         yield staged
         files = sorted(staged.parent.iterdir(), key=lambda file: file == staged)
+        has_old_data = len(files) == 1 and _refers_to(path, f"{path.name}.data")
         # The weights first: a model file never refers to data that is not there.
         for file in files:
             file.replace(path.parent / file.name)
-        if len(files) == 1:
+        if has_old_data:
             Path(f"{path}.data").unlink(missing_ok=True)
+
+
+def _refers_to(path: Path, data: str) -> bool:
+    """Whether a file is a model whose weights are in the file `data`; another file of that name is not ours."""
+    try:
+        model = load_model(path)
+    except ModelError:
+        return False
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return any(isinstance(tensor, ir.ExternalTensor) and str(tensor.location) == data for tensor in tensors)
 
 
 def initializer_bytes(model: ir.Model) -> int:

@@ -92,7 +92,7 @@ def replace_table(graph: ir.Graph, node: ir.Node, table: NDArray[Any]) -> None:
     old = node.inputs[1]
     assert old is not None
     name = old.name or f"{name_of(node)}.table"
-    if len(old.uses()) == 1 and old.is_initializer():
+    if used_once(old) and old.is_initializer():
         node.replace_input_with(1, None)
         graph.initializers.pop(name, None)
     while name in graph.initializers:

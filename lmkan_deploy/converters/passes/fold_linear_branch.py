@@ -135,7 +135,7 @@ def _gemm(node: ir.Node) -> Linear | None:
     bias = np.zeros(weight.shape[1])
     if rest and rest[0] is not None:
         array = constant(rest[0])
-        if array is None or array.size not in (1, weight.shape[1]):
+        if array is None or (array.size != 1 and array.shape not in (weight.shape[1:], (1, weight.shape[1]))):
             return None
         bias = bias + array.astype(np.float64).reshape(-1) * node.attributes.get_float("beta", 1.0)
     return _before_relu(features, weight, bias)
