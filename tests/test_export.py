@@ -217,6 +217,16 @@ def test_external_data(stack: ExportedStack, tmp_path: Path) -> None:
         lmkan_deploy.inspect(path)
 
 
+def test_files_that_are_not_the_models_stay(stack: ExportedStack, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx.data").write_text("somebody else's")
+    lmkan_deploy.export(stack.checkpoint, tmp_path / "model.onnx", check=False)
+    assert (tmp_path / "model.onnx.data").read_text() == "somebody else's"
+    before = stack.checkpoint.read_bytes()
+    with pytest.raises(lmkan_deploy.LmkanError, match="other than the checkpoint"):
+        lmkan_deploy.export(stack.checkpoint, stack.checkpoint)
+    assert stack.checkpoint.read_bytes() == before
+
+
 @pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "a/../../secret"])
 def test_external_data_elsewhere_is_not_read(location: str, stack: ExportedStack, tmp_path: Path) -> None:
     path = tmp_path / "sub" / "model.onnx"

@@ -319,6 +319,7 @@ def hand_made(body: str, outputs: str) -> onnx.ModelProto:
         ("y = Mul (h, c)  z = Identity (y)", "float[n, 6] y, float[n, 6] z", ["LMKAN2D", "Identity"]),
         ("y = Mul (h, c)", "float[n, 6] h, float[n, 6] y", ["LMKAN2D", "Mul"]),
         ("y = Div (c, h)", "float[n, 6] y", ["LMKAN2D", "Div"]),
+        ("y = Mul (h, c)", "float[n, 6] y, float[2, 7, 7, 6] table", ["LMKAN2D"]),
         ("t = Transpose <perm = [1, 0]> (h)  y = Mul (t, column)", "float[6, n] y", None),
         ("k = lmkan.LMKAN2D (x, table)  m = Mul (k, c)  y = Add (h, m)", "float[n, 6] y", None),
         ("s = ReduceSum <keepdims = 0> (table)  m = Mul (h, c)  y = Add (m, s)", "float[n, 6] y", None),

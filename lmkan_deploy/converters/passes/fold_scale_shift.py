@@ -62,6 +62,8 @@ def fold_scale_shift(model: ir.Model) -> Outcome:
         size = max(affine.scale.size, affine.shift.size)
         if table is not None and size not in (1, table.shape[-1]):
             reason = reason or f"it has {size} values for {table.shape[-1]} outputs"
+        if not (np.isfinite(affine.scale).all() and np.isfinite(affine.shift).all()):
+            reason = reason or "its scale or shift is not finite"
         if reason:
             outcome.refused.append(f"{name_of(lookup)}: {node.op_type} stays: {reason}")
             continue
