@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt lmkan_deploy/version.py $(NAT
 	touch $@
 
 test: setup ## All tests of Python and C++.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 demo: setup ## Trains, exports, verifies and serves a small network on real data.
 	$(BIN)/python examples/methane/demo.py
@@ -23,9 +23,12 @@ bench: setup ## Timings, ratios and plots in build/bench/.
 	$(BIN)/pip install --quiet -c constraints.txt --editable '.[bench]'
 	mkdir -p build/bench
 	$(CXX) -O3 -std=c++17 benchmarks/load_bandwidth.cc -o build/bench/load_bandwidth
+	$(BIN)/cmake -S . -B build/bench/avx2 -DLMKAN_AVX512=OFF > build/bench/avx2.log
+	$(BIN)/cmake --build build/bench/avx2 --target lmkan_onnxruntime >> build/bench/avx2.log
 	build/bench/load_bandwidth > build/bench/bandwidth.json
 	$(BIN)/python -m pytest benchmarks --quiet --benchmark-json build/bench/timings.json $(BENCH)
-	$(BIN)/python benchmarks/report.py build/bench/timings.json build/bench/bandwidth.json build/bench
+	$(BIN)/python benchmarks/one_row.py build/bench/one_row.json
+	$(BIN)/python benchmarks/report.py build/bench
 
 wheel: setup ## A wheel in dist/.
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
@@ -34,12 +37,12 @@ lint: setup ## Formatting, lint and types.
 	$(BIN)/pip install --quiet -c constraints.txt --editable '.[lint]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find plugins examples benchmarks -name '*.cc' -o -name '*.h' -o -name '*.c')
+	$(BIN)/clang-format --dry-run --Werror $$(find plugins examples benchmarks -name '*.cc' -o -name '*.cu*' -o -name '*.h' -o -name '*.c')
 
 format: setup
 	$(BIN)/pip install --quiet -c constraints.txt --editable '.[lint]'
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find plugins examples benchmarks -name '*.cc' -o -name '*.h' -o -name '*.c')
+	$(BIN)/clang-format -i $$(find plugins examples benchmarks -name '*.cc' -o -name '*.cu*' -o -name '*.h' -o -name '*.c')
 
 clean:
 	rm -rf $(VENV) build dist

@@ -1,6 +1,6 @@
 """Ratios, tables and plots from one run of the benchmarks.
 
-Usage: report.py TIMINGS.json BANDWIDTH.json OUTPUT_FOLDER
+Usage: report.py FOLDER, which holds timings.json, bandwidth.json, and perhaps one_row.json.
 
 Writes report.md and PNG plots.
 """
@@ -8,6 +8,7 @@ Writes report.md and PNG plots.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ TARGETS = {  # time relative to a dense layer: float32, best low-precision table
     "64x64-G12-B8192": (3.5, None),
     "128x128-G26-B1": (1.5, None),
 }
+
+FORM_TARGETS = {"float32": 0, "float16": 1, "int8": 1, "float32-avx2": 0, "int8-avx2": 1}
 
 Entry = dict[str, Any]
 
@@ -53,7 +56,7 @@ def shapes_table(entries: list[Entry], bandwidth: dict[int, float]) -> str:
         for form, entry in forms.items():
             seconds = entry["stats"]["median"]
             evaluations = entry["extra_info"]["evaluations"]
-            target = TARGETS[shape][{"float32": 0, "float16": 1}[form]] if form.startswith("float") else None
+            target = TARGETS[shape][FORM_TARGETS[form]] if form in FORM_TARGETS else None
             lookup = form not in ("dense", "identity")
             share = floor_seconds(shape, evaluations, bandwidth) / seconds if form == "float32" else None
             lines.append(
@@ -63,7 +66,7 @@ def shapes_table(entries: list[Entry], bandwidth: dict[int, float]) -> str:
                 f"| {seconds / dense:.2f} | {f'≤ {target}' if target else ''} |"
             )
         for form in ("function", "embedding_bag"):
-            if form in forms:
+            if form in forms and "float32" in forms:
                 ratio = forms[form]["stats"]["median"] / forms["float32"]["stats"]["median"]
                 lines.append(f"| {shape} | **{form} / float32** | | | | **{ratio:.1f}** | |")
     return "\n".join(lines)
@@ -81,6 +84,23 @@ def chains_table(entries: list[Entry]) -> str:
         layers = sum(seconds for part, seconds in parts.items() if part != "network")
         network = parts["network"]
         lines.append(f"| {key} | {network * 1e3:.3f} ms | {layers * 1e3:.3f} ms | {network / layers:.2f} |")
+    return "\n".join(lines)
+
+
+def one_row_table(seconds: dict[str, list[float]]) -> str:
+    """Calls through the C++ API; the ratio to float32 is that of each turn, so the machine's moods cancel."""
+    lines = [
+        "| one row, 128→128, G = 26, from C++ | µs a call, quartiles | time / float32 |",
+        "| --- | --- | --- |",
+    ]
+    for form, values in seconds.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        ratios = [a / b for a, b in zip(values, seconds["float32"], strict=True)]
+        first, middle, third = statistics.quantiles(ratios, n=4)
+        lines.append(
+            f"| {form} | {median * 1e6:.2f} ({low * 1e6:.2f} to {high * 1e6:.2f}) "
+            f"| {middle:.2f} ({first:.2f} to {third:.2f}) |"
+        )
     return "\n".join(lines)
 
 
@@ -139,10 +159,10 @@ def plot_curves(entries: list[Entry], folder: Path) -> list[str]:
 
 def main() -> None:
     """Command line."""
-    timings = json.loads(Path(sys.argv[1]).read_text())
-    bandwidth = {int(size): rate for size, rate in json.loads(Path(sys.argv[2]).read_text()).items()}
-    folder = Path(sys.argv[3])
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(sys.argv[1])
+    timings = json.loads((folder / "timings.json").read_text())
+    levels = json.loads((folder / "bandwidth.json").read_text())
+    bandwidth = {int(size): rate for size, rate in levels.items()}
     by_kind: dict[str, list[Entry]] = {"shapes": [], "curve": [], "chain": []}
     for entry in timings["benchmarks"]:
         by_kind[entry["extra_info"]["kind"]].append(entry)
@@ -152,6 +172,8 @@ def main() -> None:
     ]
     if by_kind["shapes"]:
         parts += ["## Shapes, one thread", shapes_table(by_kind["shapes"], bandwidth)]
+    if (folder / "one_row.json").exists():
+        parts.append(one_row_table(json.loads((folder / "one_row.json").read_text())))
     if by_kind["chain"]:
         parts += ["## Chains, one thread", chains_table(by_kind["chain"])]
     threads = [e for e in by_kind["curve"] if e["extra_info"]["curve"] == "threads"]

@@ -16,7 +16,7 @@ SHAPES = [
     (64, 64, 12, 8192),
     (128, 128, 26, 1),
 ]
-FORMS = ["dense", "float32", "float16"]
+FORMS = ["dense", "float32", "float16", "int8", "float32-avx2", "int8-avx2"]
 OTHER_FORMS = ["function", "embedding_bag", "identity"]
 OTHER_SHAPES = [(128, 128, 26, 1024), (128, 128, 26, 1)]
 
@@ -36,11 +36,17 @@ def test_shapes(benchmark, shape: tuple[int, int, int, int], form: str) -> None:
         run = workloads.dense(x, n_out)
     else:
         table = workloads.random_table(rng, n_in, n_out, num_grids)
-        if form == "float16":
-            table = table.astype(np.float16)
         run = {
-            "float32": lambda: workloads.lookup(x, [table]),
-            "float16": lambda: workloads.lookup(x, [table]),
+            **{
+                dtype: lambda dtype=dtype: workloads.lookup(x, [workloads.in_type(table, dtype)])
+                for dtype in ("float32", "float16", "int8")
+            },
+            **{
+                f"{dtype}-avx2": lambda dtype=dtype: workloads.lookup(
+                    x, [workloads.in_type(table, dtype)], library=workloads.AVX2_LIBRARY
+                )
+                for dtype in ("float32", "int8")
+            },
             "function": lambda: workloads.lookup(x, [table], custom_ops=False),
             "embedding_bag": lambda: workloads.embedding_bag(x, table),
             "identity": lambda: workloads.identity(x),

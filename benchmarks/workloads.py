@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,9 +12,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 import lmkan_deploy
 from lmkan_deploy.converters.onnx_function import function_proto
-from lmkan_deploy.reference import lookup2d
+from lmkan_deploy.converters.quantize import quantize_table
+from lmkan_deploy.reference import dequantize_table, lookup2d
+from lmkan_deploy.spec import DOMAIN, OP_TYPE, QUANTIZED_OP_TYPE
 
 OPSET = 20
+
+AVX2_LIBRARY = Path(__file__).parent.parent / "build/bench/avx2/plugins/onnxruntime/liblmkan_onnxruntime.so"
+"""The custom operators built without AVX-512 kernels; `make bench` builds it."""
+
 Run = Callable[[], object]
 
 
@@ -23,15 +30,47 @@ def random_table(rng: np.random.Generator, n_in: int, n_out: int, num_grids: int
     return (rng.standard_normal(shape, dtype=np.float32) * (n_in / 2) ** -0.5).astype(np.float32)
 
 
-def _session(
-    nodes: Sequence[onnx.NodeProto],
-    weights: dict[str, np.ndarray],
-    n_in: int,
-    n_out: int,
-    *,
-    custom_ops: bool,
-    threads: int,
-) -> ort.InferenceSession:
+Layer = np.ndarray | tuple[np.ndarray, np.ndarray]
+"""A table, or int8 integers and their scales."""
+
+
+def in_type(table: np.ndarray, form: str) -> Layer:
+    """A float32 table in another type: float32, float16 or int8."""
+    return quantize_table(table) if form == "int8" else table.astype(form)
+
+
+def _values(layer: Layer) -> np.ndarray:
+    return layer if isinstance(layer, np.ndarray) else dequantize_table(*layer)
+
+
+def lookup_model(layers: Sequence[Layer]) -> onnx.ModelProto:
+    """A chain of lookup layers, with the functions that define them."""
+    names = ["x", *(f"h{i}" for i in range(1, len(layers))), "y"]
+    nodes, weights = [], {}
+    for i, layer in enumerate(layers):
+        arrays = [layer] if isinstance(layer, np.ndarray) else list(layer)
+        inputs = {f"{name}{i}": array for name, array in zip(("table", "scale"), arrays, strict=False)}
+        weights |= inputs
+        op_type = OP_TYPE if len(arrays) == 1 else QUANTIZED_OP_TYPE
+        node = helper.make_node(op_type, [names[i], *inputs], [names[i + 1]], f"layer{i}", domain=DOMAIN)
+        nodes.append(node)
+    return _model(nodes, weights, 2 * _values(layers[0]).shape[0], _values(layers[-1]).shape[3])
+
+
+def dense_model(n_in: int, n_out: int) -> onnx.ModelProto:
+    """One MatMul."""
+    weight = np.random.default_rng(0).standard_normal((n_in, n_out), dtype=np.float32)
+    return _model([helper.make_node("MatMul", ["x", "weight"], ["y"])], {"weight": weight}, n_in, n_out)
+
+
+def identity_model(n_in: int) -> onnx.ModelProto:
+    """A graph that does nothing: what a call costs before any work."""
+    return _model([helper.make_node("Identity", ["x"], ["y"])], {}, n_in, n_in)
+
+
+def _model(
+    nodes: Sequence[onnx.NodeProto], weights: dict[str, np.ndarray], n_in: int, n_out: int
+) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "benchmark",
@@ -40,33 +79,36 @@ def _session(
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("lmkan", 1)]
-    model = helper.make_model(graph, functions=[function_proto(OPSET)], opset_imports=opsets, ir_version=10)
+    functions = [function_proto(OPSET, op_type) for op_type in (OP_TYPE, QUANTIZED_OP_TYPE)]
+    return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
+
+
+def _session(
+    model: onnx.ModelProto, *, library: Path | None = None, threads: int = 1
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    if custom_ops:
-        lmkan_deploy.register_custom_ops(options)
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def lookup(x: np.ndarray, tables: Sequence[np.ndarray], *, custom_ops: bool = True, threads: int = 1) -> Run:
+def lookup(
+    x: np.ndarray,
+    layers: Sequence[Layer],
+    *,
+    custom_ops: bool = True,
+    library: Path | None = None,
+    threads: int = 1,
+) -> Run:
     """A chain of lookup layers in ONNX Runtime, checked on the first rows."""
-    names = ["x", *(f"h{i}" for i in range(1, len(tables))), "y"]
-    nodes = [
-        helper.make_node("LMKAN2D", [names[i], f"table{i}"], [names[i + 1]], f"layer{i}", domain="lmkan")
-        for i in range(len(tables))
-    ]
-    session = _session(
-        nodes,
-        {f"table{i}": table for i, table in enumerate(tables)},
-        x.shape[1],
-        tables[-1].shape[3],
-        custom_ops=custom_ops,
-        threads=threads,
-    )
+    if custom_ops and library is None:
+        library = lmkan_deploy.get_library_path("onnxruntime")
+    session = _session(lookup_model(layers), library=library, threads=threads)
     want = x[:8]
-    for table in tables:
-        want = lookup2d(want, table)
+    for layer in layers:
+        want = lookup2d(want, _values(layer))
     y = session.run(None, {"x": x})[0]
     np.testing.assert_allclose(y[:8], want, rtol=1e-3, atol=1e-3)
     return lambda: session.run(None, {"x": x})
@@ -74,17 +116,16 @@ def lookup(x: np.ndarray, tables: Sequence[np.ndarray], *, custom_ops: bool = Tr
 
 def dense(x: np.ndarray, n_out: int, *, threads: int = 1) -> Run:
     """A MatMul of the same shape in ONNX Runtime."""
-    weight = np.random.default_rng(0).standard_normal((x.shape[1], n_out), dtype=np.float32)
-    node = helper.make_node("MatMul", ["x", "weight"], ["y"])
-    session = _session([node], {"weight": weight}, x.shape[1], n_out, custom_ops=False, threads=threads)
+    model = dense_model(x.shape[1], n_out)
+    weight = numpy_helper.to_array(model.graph.initializer[0])
+    session = _session(model, threads=threads)
     np.testing.assert_allclose(session.run(None, {"x": x})[0][:8], x[:8] @ weight, rtol=1e-3, atol=1e-3)
     return lambda: session.run(None, {"x": x})
 
 
 def identity(x: np.ndarray) -> Run:
     """A graph that does nothing: what a call costs before any work."""
-    node = helper.make_node("Identity", ["x"], ["y"])
-    session = _session([node], {}, x.shape[1], x.shape[1], custom_ops=False, threads=1)
+    session = _session(identity_model(x.shape[1]))
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], x)
     return lambda: session.run(None, {"x": x})
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmkan_deploy.errors import CheckpointError, ExportError, LibraryError, VerificationError
+from lmkan_deploy.errors import CheckpointError, EngineError, ExportError, LibraryError, VerificationError
 from lmkan_deploy.inspection import ModelInfo, inspect_model
 from lmkan_deploy.runtime.runner import Runner, RuntimeName, load_runner
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec
-from lmkan_deploy.verification import Verification, random_cases, verify_runners
+from lmkan_deploy.spec import DOMAIN, TableDtype
+from lmkan_deploy.staging import output_file
+from lmkan_deploy.verification import (
+    TableCosts,
+    Verification,
+    check_tolerance,
+    random_cases,
+    verify_runners,
+)
 from lmkan_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -22,10 +31,20 @@ if TYPE_CHECKING:
 
     from lmkan_deploy.checkpoints import Architecture, Checkpoint
     from lmkan_deploy.converters.passes.base import Outcome, Pass
-    from lmkan_deploy.converters.table_dtype import TableDtype
     from lmkan_deploy.runtime.pytorch import TorchRunner
 
 Progress = Callable[[str], None]
+
+Feeds = Callable[[list[str]], Mapping[str, "NDArray[Any]"]]
+"""Called with the names of a network's inputs, returns an array for each."""
+
+INT8_RTOL = 1e-2
+"""Allowed relative error between the compiled operator and the function of int8 tables: the kernels' weights
+are multiples of 2^-14, a hundredth of a table's step, which networks amplify.
+"""
+
+MAX_OPSET = 25
+"""Newest opset of ONNX's standard operators that PyTorch's exporter converts to."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +52,11 @@ class ExportResult:
     """What an export did.
 
     Attributes:
-        path: The ONNX file.
+        path: The ONNX file; where `output` was a link, the file it points to.
         kind: What the checkpoint was.
         notes: What the user should know, a line each.
         verification: None where it was not asked for.
+        tables: What narrow tables cost; None where all are float32, or nothing was measured.
         info: Summary of the model.
     """
 
@@ -44,6 +64,7 @@ class ExportResult:
     kind: str
     notes: list[str]
     verification: Verification | None
+    tables: TableCosts | None
     info: ModelInfo
 
 
@@ -57,10 +78,12 @@ def export(
     opset: int | None = None,
     passes: Sequence[str] | None = None,
     without_passes: Sequence[str] = (),
-    table_dtype: TableDtype = "float32",
+    table_dtype: TableDtype | None = None,
+    calibration: Feeds | None = None,
+    max_error: float | None = None,
     external_data: bool | None = None,
     check: bool = True,
-    inputs: Callable[[list[str]], Mapping[str, NDArray[Any]]] | None = None,
+    inputs: Feeds | None = None,
     rtol: float | None = None,
     progress: Progress = lambda _: None,
 ) -> ExportResult:
@@ -74,17 +97,20 @@ def export(
         architecture: What builds the network of a state dict; see `Architecture`.
         input_shapes: Such as `batch,12` or `x:batch,4,8,8`, where the shapes can't be inferred.
         trust_pickle: Whether the file may run code while it is loaded.
-        opset: Version of ONNX's standard operators.
+        opset: Version of ONNX's standard operators: 18 to 25; by default 20.
         passes: Names of the graph passes to run; None for all. `lmkan_deploy.converters.passes.PASSES`
             lists them.
         without_passes: Names of passes to leave out; "all" leaves out every pass that can be.
-        table_dtype: Element type of the tables in the file: float32, float16 or bfloat16. The model is
-            verified with float32 tables first; what narrow ones cost is reported, and limited by `rtol`
-            alone.
+        table_dtype: Element type of the tables in the file: float32 (the default), float16, bfloat16 or
+            int8. The model is verified with float32 tables first; what narrow ones cost is reported, and
+            limited by `rtol` alone.
+        calibration: Returns real inputs. The scales of int8 tables are then those with the least error on
+            them, and costs are measured on them, not on `inputs` or random ones.
+        max_error: Instead of `table_dtype`: every layer gets the smallest type that keeps the whole model
+            within this relative error on the calibration inputs.
         external_data: Whether weights get a file of their own; None decides by their size.
         check: Whether to compare ONNX Runtime with PyTorch, with the compiled operator and without.
-        inputs: Called with the names of the network's inputs, returns arrays to compare on besides random
-            ones.
+        inputs: Returns inputs to compare on besides random ones.
         rtol: Allowed relative error of that comparison; None takes a default by type.
         progress: Called with a line at each step.
 
@@ -95,6 +121,11 @@ def export(
         VerificationError: The exported model gives other answers; no file is left.
         ModelError: The file can't be written.
     """
+    check_tolerance(rtol)
+    _check_table_options(table_dtype, calibration, max_error)
+    if opset is not None and opset > MAX_OPSET:
+        raise ExportError(f"expected ONNX opset {MAX_OPSET} or earlier, found {opset}; pass another --opset")
+    path = None if output is None else output_file(output)
     _require_pytorch()
     from lmkan_deploy.checkpoints import load_checkpoint
     from lmkan_deploy.converters.model_file import staged_model, temporary_model
@@ -103,7 +134,8 @@ def export(
     selected = select_passes(passes, without_passes)
     progress("loading the checkpoint")
     loaded = load_checkpoint(checkpoint, architecture, trust_pickle=trust_pickle)
-    path = Path(output) if output is not None else Path(checkpoint).with_suffix(".onnx")
+    if path is None:
+        path = output_file(loaded.path.with_suffix(".onnx"))
     if path.exists() and path.samefile(checkpoint):
         raise CheckpointError(f"expected an output other than the checkpoint itself, found {path}; pass -o")
     progress("exporting to ONNX")
@@ -122,15 +154,21 @@ def export(
         _require(result, "the exported model differs from PyTorch")
         return result
 
-    if check and table_dtype != "float32":
+    narrow = table_dtype not in (None, "float32") or max_error is not None
+    if check and narrow:
         progress("verifying with float32 tables")
         with temporary_model(model, path, external_data=external_data) as file:
             verified(file, None)
-    _narrow(model, table_dtype)
+    given = None if calibration is None else calibration([spec.name for spec in specs])
+    _, costs = _narrow(model, table_dtype, given, max_error, cases if check else None, progress)
     progress("writing")
     with staged_model(model, path, external_data=external_data) as staged:
-        verification = verified(staged, _tolerance(rtol, table_dtype)) if check else None
-    return ExportResult(path, loaded.kind, loaded.notes, verification, inspect_model(path))
+        verification = None
+        if check and narrow:
+            _require_agreement(staged, cases, progress)
+        if check:
+            verification = verified(staged, _tolerance(rtol, narrow))
+    return ExportResult(path, loaded.kind, loaded.notes, verification, costs, inspect_model(path))
 
 
 @dataclass(frozen=True)
@@ -138,11 +176,12 @@ class OptimizeResult:
     """What an optimization did.
 
     Attributes:
-        path: The ONNX file written.
+        path: The ONNX file written; where `output` was a link, the file it points to.
         outcomes: Pass name -> what it did and refused.
         nodes_before: Number of nodes of the model that was read.
         nodes_after: Number of nodes of the model that was written.
         verification: None where it was not asked for.
+        tables: See `ExportResult`.
     """
 
     path: Path
@@ -150,6 +189,7 @@ class OptimizeResult:
     nodes_before: int
     nodes_after: int
     verification: Verification | None
+    tables: TableCosts | None
 
 
 def optimize(
@@ -158,7 +198,9 @@ def optimize(
     *,
     passes: Sequence[str] | None = None,
     without_passes: Sequence[str] = (),
-    table_dtype: TableDtype = "float32",
+    table_dtype: TableDtype | None = None,
+    calibration: Feeds | None = None,
+    max_error: float | None = None,
     external_data: bool | None = None,
     check: bool = True,
     rtol: float | None = None,
@@ -174,8 +216,11 @@ def optimize(
         passes: See `export`.
         without_passes: See `export`.
         table_dtype: See `export`; tables that are not float32 stay as they are.
+        calibration: See `export`.
+        max_error: See `export`.
         external_data: See `export`.
-        check: Whether to compare the two models in ONNX Runtime.
+        check: Whether to compare the two models in ONNX Runtime, the new one without the compiled operator
+            too.
         rtol: See `export`.
         progress: Called with a line at each step.
 
@@ -188,23 +233,32 @@ def optimize(
     from lmkan_deploy.converters.passes import select_passes
 
     selected = select_passes(passes, without_passes)
+    check_tolerance(rtol)
+    _check_table_options(table_dtype, calibration, max_error)
+    narrow = table_dtype not in (None, "float32") or max_error is not None
+    path = output_file(output)
     progress("loading")
     graph = load_model(Path(model))
     before = len(graph.graph)
     progress("rewriting")
     outcomes = run_all(graph, selected)
-    outcomes["table-dtype"] = _narrow(graph, table_dtype)
-    rtol = _tolerance(rtol, table_dtype)
+    reference = load_runner(model) if check else None
+    cases = None if reference is None else random_cases(reference.inputs)
+    given = None if calibration is None else calibration([str(value.name) for value in graph.graph.inputs])
+    outcomes["table-dtype"], costs = _narrow(graph, table_dtype, given, max_error, cases, progress)
+    rtol = _tolerance(rtol, narrow)
     progress("writing")
     verification = None
-    with staged_model(graph, Path(output), external_data=external_data) as staged:
-        if check:
-            reference = load_runner(model)
-            verification = verify_runners(
-                reference, [load_runner(staged)], random_cases(reference.inputs), rtol=rtol, progress=progress
-            )
+    with staged_model(graph, path, external_data=external_data) as staged:
+        if reference is not None and cases is not None:
+            if narrow:
+                _require_agreement(staged, cases, progress)
+            runners = [load_runner(staged)]
+            if any(domain == DOMAIN for domain, _, _ in graph.functions):
+                runners.append(load_runner(staged, "onnxruntime-function"))
+            verification = verify_runners(reference, runners, cases, rtol=rtol, progress=progress)
             _require(verification, "the optimized model differs from the original")
-    return OptimizeResult(Path(output), outcomes, before, len(graph.graph), verification)
+    return OptimizeResult(path, outcomes, before, len(graph.graph), verification, costs)
 
 
 def verify(
@@ -216,6 +270,7 @@ def verify(
     trust_pickle: bool = False,
     inputs: Mapping[str, NDArray[Any]] | None = None,
     outputs: Mapping[str, NDArray[Any]] | None = None,
+    reference_model: str | Path | None = None,
     runtimes: Sequence[RuntimeName] = ("onnxruntime", "onnxruntime-function"),
     batch_sizes: Sequence[int] | None = None,
     seed: int = 0,
@@ -224,11 +279,11 @@ def verify(
 ) -> Verification:
     """Compares a model's runtimes with a reference.
 
-    The reference is the PyTorch network where a checkpoint is given; stored outputs where `outputs` is; the
-    function that the model carries, in ONNX Runtime, otherwise.
+    The reference is the PyTorch network where a checkpoint is given; stored outputs where `outputs` is;
+    another model where `reference_model` is; the function that the model carries, in ONNX Runtime, otherwise.
 
     Args:
-        model: An ONNX file.
+        model: An ONNX file, or an engine, which needs a reference.
         checkpoint: Where the model came from.
         architecture: For the checkpoint; see `export`.
         input_shapes: For the checkpoint; see `export`.
@@ -236,17 +291,25 @@ def verify(
         inputs: Inputs by name, compared besides random ones. Required with `outputs`, which then are the
             only case.
         outputs: Expected outputs by name.
+        reference_model: Another ONNX file, such as the one with float32 tables. What each layer's narrow
+            table costs is then measured as well.
         runtimes: What to compare.
         batch_sizes: Sizes of the free axes of random inputs.
         seed: Of the random inputs.
-        rtol: Allowed relative error; None takes a default by type.
+        rtol: Allowed relative error; None takes a default by type, 1e-2 between runtimes of int8 tables.
         progress: Called with a line at each step.
 
     Raises:
         LmkanError: A file can't be loaded, or the reference does not take an input.
     """
     progress("loading")
-    runners = [load_runner(model, runtime) for runtime in runtimes]
+    is_engine = Path(model).suffix == ".engine"
+    if is_engine and checkpoint is None and outputs is None and reference_model is None:
+        raise EngineError(
+            "expected something to compare the engine with, found nothing; pass --reference with the ONNX model, "
+            "--checkpoint or --outputs"
+        )
+    runners = [load_runner(model)] if is_engine else [load_runner(model, runtime) for runtime in runtimes]
     given = {"given inputs": dict(inputs)} if inputs is not None else {}
     if outputs is not None:
         if inputs is None:
@@ -262,7 +325,13 @@ def verify(
         loaded = load_checkpoint(checkpoint, architecture, trust_pickle=trust_pickle)
         names = [spec.name for spec in runners[0].outputs]
         reference = _torch_runner(loaded, _input_specs(loaded, input_shapes), names)
+    elif reference_model is not None:
+        reference = load_runner(reference_model)
+        result = verify_runners(reference, runners, cases, rtol=rtol, progress=progress)
+        costs = None if is_engine else _layer_costs(model, reference_model, given or cases, progress)
+        return replace(result, reference=str(reference_model), tables=costs)
     else:
+        rtol = _own_tolerance(model) if rtol is None else rtol
         reference = load_runner(model, "onnxruntime-function")
         # Comparing it with itself would say nothing.
         runners = [runner for runner in runners if runner.name != reference.name]
@@ -281,7 +350,7 @@ def run(
     """Loads a model and runs it once; keep a `load_runner` for more calls.
 
     Args:
-        model: An ONNX file.
+        model: An ONNX file or an engine.
         feeds: Every input by name.
         runtime: See `load_runner`.
         threads: See `load_runner`.
@@ -298,6 +367,19 @@ def run(
 def inspect(model: str | Path) -> ModelInfo:
     """Summary of an ONNX model; see `ModelInfo`."""
     return inspect_model(model)
+
+
+def _layer_costs(
+    model: str | Path, reference_model: str | Path, cases: Mapping[str, Arrays], progress: Progress
+) -> TableCosts | None:
+    from lmkan_deploy.calibration import Calibration
+    from lmkan_deploy.converters.model_file import load_model
+    from lmkan_deploy.converters.passes.base import all_lookups, table_dtype_of
+
+    narrowed, wide = load_model(Path(model)), load_model(Path(reference_model))
+    if [table_dtype_of(n) for n in all_lookups(narrowed)] == [table_dtype_of(n) for n in all_lookups(wide)]:
+        return None
+    return Calibration(wide, cases).costs_of(narrowed, progress)
 
 
 def _require_pytorch() -> None:
@@ -331,34 +413,95 @@ def _convert(
 
     opset = DEFAULT_OPSET if opset is None else opset
     if checkpoint.program is not None:
-        return program_to_onnx(checkpoint.program, specs, opset=opset, passes=passes)
-    return to_onnx(checkpoint.module, specs, opset=opset, passes=passes)
+        model = program_to_onnx(checkpoint.program, specs, opset=opset, passes=passes)
+    else:
+        model = to_onnx(checkpoint.module, specs, opset=opset, passes=passes)
+    found = model.opset_imports.get("", opset)  # none where no standard operator is left
+    if found != opset:
+        raise ExportError(
+            f"expected PyTorch's exporter to write ONNX opset {opset}, found {found}; pass another --opset"
+        )
+    return model
 
 
-def _narrow(model: ir.Model, table_dtype: TableDtype) -> Outcome:
+def _check_table_options(
+    table_dtype: TableDtype | None, calibration: Feeds | None, max_error: float | None
+) -> None:
+    if max_error is None:
+        return
+    if table_dtype is not None:
+        raise ExportError(
+            f"expected a largest error or a table type, found {max_error} and {table_dtype}: the error chooses "
+            "the types"
+        )
+    if calibration is None:
+        raise ExportError(
+            "expected real inputs to measure errors on, found none; pass --calibration with --max-error"
+        )
+    if not 0 < max_error < math.inf:
+        raise ExportError(f"expected a largest error above 0, found {max_error}")
+
+
+def _narrow(
+    model: ir.Model,
+    table_dtype: TableDtype | None,
+    calibration: Mapping[str, NDArray[Any]] | None,
+    max_error: float | None,
+    cases: Mapping[str, Arrays] | None,
+    progress: Progress,
+) -> tuple[Outcome, TableCosts | None]:
+    """Gives the model its tables, and says what they cost where there are inputs to measure it on."""
+    from lmkan_deploy.calibration import Calibration
+    from lmkan_deploy.converters.passes.base import lookups
     from lmkan_deploy.converters.table_dtype import narrow_tables
 
-    outcome = narrow_tables(model, table_dtype)
+    if max_error is None and table_dtype in (None, "float32"):
+        return narrow_tables(model, "float32"), None
+    if calibration is not None:
+        cases = {"calibration": dict(calibration)}
+    study = None if cases is None else Calibration(model, cases, weighted=calibration is not None)
+    dtypes: Sequence[TableDtype] = [table_dtype or "float32"] * len(list(lookups(model)))
+    if max_error is not None:
+        assert study is not None
+        dtypes = study.choose(max_error, progress)
+    costs = None if study is None else study.costs(dtypes, progress)
+    outcome = narrow_tables(model, dtypes, None if study is None else study.importances)
     if outcome.refused:
         raise ExportError(
             f"expected tables within the range of {table_dtype}, found {'; '.join(outcome.refused)}; choose "
             "another --table-dtype"
         )
-    return outcome
+    return outcome, costs
 
 
-def _tolerance(rtol: float | None, table_dtype: TableDtype) -> float | None:
+def _require_agreement(file: Path, cases: Mapping[str, Arrays], progress: Progress) -> None:
+    """The compiled operator and the function agree closely, however much their common tables cost."""
+    reference = load_runner(file, "onnxruntime-function")
+    rtol = _own_tolerance(file)
+    result = verify_runners(reference, [load_runner(file)], cases, rtol=rtol, progress=progress)
+    _require(result, "the compiled operator differs from the function in the file")
+
+
+def _own_tolerance(file: str | Path) -> float | None:
+    """Allowed error between two runtimes of one file: compiled kernels round the weights of int8 tables."""
+    has_int8 = any(layer.table_dtype == "int8" for layer in inspect_model(file).layers)
+    return INT8_RTOL if has_int8 else None
+
+
+def _tolerance(rtol: float | None, narrow: bool) -> float | None:
     """What narrow tables may cost unless the user says: a network amplifies their rounding by its slopes, so
     only nonsense is refused, and the error is reported.
     """
-    return 1.0 if rtol is None and table_dtype != "float32" else rtol
+    return 1.0 if rtol is None and narrow else rtol
 
 
 def _require(verification: Verification, what: str) -> None:
     """Raises VerificationError with the first failed comparison, if there is one."""
     if verification.passed:
         return
-    worst = next(c for c in verification.comparisons if not c.passed)
+    worst = next((c for c in verification.comparisons if not c.passed), None)
+    if worst is None:
+        raise VerificationError(f"{what}: nothing was compared; nothing was written; pass --no-verify")
     raise VerificationError(
         f"{what}: {worst.runner}, {worst.case}, output {worst.output}: "
         f"{worst.problem or f'relative error {worst.max_rel:.2e}, allowed {worst.rtol:.0e}'}; nothing was "

@@ -16,7 +16,11 @@ class ExportError(LmkanError):
 
 
 class ModelError(LmkanError):
-    """An ONNX file can't be read or run, or is not what an operation needs."""
+    """A file can't be read, written or run, or is not what an operation needs."""
+
+
+class EngineError(LmkanError):
+    """A TensorRT engine can't be built, or does not fit this machine."""
 
 
 class LibraryError(LmkanError):

@@ -10,13 +10,14 @@ from typing import Any
 import onnx_ir as ir
 
 from lmkan_deploy.converters.model_file import initializer_bytes, load_model
-from lmkan_deploy.converters.onnx_function import is_lookup
-from lmkan_deploy.spec import DOMAIN, OP_TYPE
+from lmkan_deploy.converters.onnx_function import is_lookup, is_quantized_lookup
+from lmkan_deploy.converters.passes.base import dtype_name
+from lmkan_deploy.spec import DOMAIN
 
 
 @dataclass(frozen=True)
 class LookupLayer:
-    """One `LMKAN2D` node.
+    """One `LMKAN2D` or `LMKAN2DQuantized` node.
 
     Attributes:
         name: Name of the node.
@@ -25,7 +26,7 @@ class LookupLayer:
         num_grids: G.
         table_dtype: Element type of the table.
         parameters: Number of table entries.
-        table_bytes: Their size.
+        table_bytes: Their size, with the scales of an int8 table.
         multiply_adds: Multiply-adds a row: 4 for each pair and output.
     """
 
@@ -50,7 +51,7 @@ class ModelInfo:
         outputs: Name, type and shape of each.
         opsets: Domain -> version; the standard operators' domain is "ai.onnx".
         ir_version: Version of the file format.
-        has_function: Whether the file carries the operator's function.
+        has_function: Whether the file carries the functions of its lookup layers.
         layers: The lookup layers, in the graph's order.
         other_nodes: Operator type -> number of nodes, for all others.
         weight_bytes: Size of all weights.
@@ -83,6 +84,7 @@ def inspect_model(path: str | Path) -> ModelInfo:
     path = Path(path)
     model = load_model(path)
     nodes = list(model.graph.all_nodes())
+    layers = [node for node in nodes if _is_layer(node)]
     files = [path, Path(f"{path}.data")]
     return ModelInfo(
         path=str(path),
@@ -91,16 +93,20 @@ def inspect_model(path: str | Path) -> ModelInfo:
         outputs=[_describe(value) for value in model.graph.outputs],
         opsets={domain or "ai.onnx": version for domain, version in model.opset_imports.items()},
         ir_version=model.ir_version,
-        has_function=(DOMAIN, OP_TYPE, "") in model.functions,
-        layers=[layer for node in nodes if is_lookup(node) and (layer := _layer(node)) is not None],
-        other_nodes=dict(Counter(node.op_type for node in nodes if not is_lookup(node)).most_common()),
+        has_function=all((DOMAIN, node.op_type, "") in model.functions for node in layers),
+        layers=[layer for node in layers if (layer := _layer(node)) is not None],
+        other_nodes=dict(Counter(node.op_type for node in nodes if not _is_layer(node)).most_common()),
         weight_bytes=initializer_bytes(model),
         metadata=dict(model.metadata_props),
     )
 
 
+def _is_layer(node: ir.Node) -> bool:
+    return is_lookup(node) or is_quantized_lookup(node)
+
+
 def _layer(node: ir.Node) -> LookupLayer | None:
-    table = node.inputs[1]
+    table = node.inputs[1] if len(node.inputs) > 1 else None
     if table is None or table.shape is None or not all(isinstance(size, int) for size in table.shape):
         return None
     num_pairs, points, _, num_outputs = (int(size) for size in table.shape)  # type: ignore[arg-type]
@@ -111,20 +117,15 @@ def _layer(node: ir.Node) -> LookupLayer | None:
         num_inputs=2 * num_pairs,
         num_outputs=num_outputs,
         num_grids=points - 1,
-        table_dtype=_dtype_name(dtype),
+        table_dtype=dtype_name(dtype),
         parameters=parameters,
-        table_bytes=int(parameters * dtype.itemsize),
+        table_bytes=int(parameters * dtype.itemsize)
+        + (4 * num_pairs * num_outputs if is_quantized_lookup(node) else 0),
         multiply_adds=4 * num_pairs * num_outputs,
     )
 
 
 def _describe(value: ir.Value) -> str:
     shape = "?" if value.shape is None else ", ".join(str(size) for size in value.shape)
-    dtype = "?" if value.dtype is None else _dtype_name(value.dtype)
+    dtype = "?" if value.dtype is None else dtype_name(value.dtype)
     return f"{value.name} {dtype}[{shape}]"
-
-
-def _dtype_name(dtype: ir.DataType) -> str:
-    """NumPy's name of an ONNX type."""
-    name = dtype.name.lower()
-    return {"float": "float32", "double": "float64"}.get(name, name)

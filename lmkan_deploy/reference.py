@@ -35,8 +35,8 @@ def lookup2d(x: NDArray[Any], table: NDArray[Any]) -> NDArray[np.float64]:
     y = np.zeros((rows.shape[0], num_outputs))
     with np.errstate(invalid="ignore", over="ignore"):
         for pair in range(num_pairs):
-            i1, d1 = _find_cells(rows[:, 2 * pair], num_points - 1)
-            i2, d2 = _find_cells(rows[:, 2 * pair + 1], num_points - 1)
+            i1, d1 = find_cells(rows[:, 2 * pair], num_points - 1)
+            i2, d2 = find_cells(rows[:, 2 * pair + 1], num_points - 1)
             d1, d2 = d1[:, None], d2[:, None]
             corners = table[pair]
             y += (1 - d1) * (1 - d2) * corners[i1, i2]
@@ -44,6 +44,24 @@ def lookup2d(x: NDArray[Any], table: NDArray[Any]) -> NDArray[np.float64]:
             y += d1 * (1 - d2) * corners[i1 + 1, i2]
             y += d1 * d2 * corners[i1 + 1, i2 + 1]
     return y.reshape(*x.shape[:-1], num_outputs)
+
+
+def dequantize_table(table: NDArray[np.int8], scale: NDArray[Any]) -> NDArray[np.float64]:
+    """The table that an int8 table and its scales stand for: entry times the scale of its pair and output.
+
+    Args:
+        table: [P, G + 1, G + 1, N_out].
+        scale: [P, N_out].
+
+    Raises:
+        ValueError: The shapes contradict each other.
+    """
+    if table.ndim != 4 or scale.shape != (table.shape[0], table.shape[3]):
+        raise ValueError(
+            f"expected table [P, G+1, G+1, N_out] and scale [P, N_out], found {list(table.shape)} and "
+            f"{list(scale.shape)}"
+        )
+    return np.asarray(table, np.float64) * np.asarray(scale, np.float64)[:, None, None, :]
 
 
 def check_shapes(x_shape: tuple[int, ...], table_shape: tuple[int, ...]) -> None:
@@ -60,8 +78,16 @@ def check_shapes(x_shape: tuple[int, ...], table_shape: tuple[int, ...]) -> None
         )
 
 
-def _find_cells(x: NDArray[np.float64], num_grids: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Cell of each value and the position inside it, which leaves 0 ... 1 in the outermost cells."""
+def find_cells(x: NDArray[np.float64], num_grids: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Cell of each value and the position inside it, which leaves 0 ... 1 in the outermost cells.
+
+    Args:
+        x: Values, of any shape.
+        num_grids: G.
+
+    Returns:
+        Cells 0 ... G - 1 and positions, of x's shape. The position of a non-finite value is not finite.
+    """
     grid = grid_points(num_grids)
     tail = 0.5 * np.exp(-np.abs(x))
     level = np.where(x > 0, 1.0 - tail, tail) * num_grids

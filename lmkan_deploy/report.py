@@ -3,49 +3,60 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lmkan_deploy.api import ExportResult, OptimizeResult
+from lmkan_deploy.engines.manifest import Manifest
 from lmkan_deploy.inspection import ModelInfo
-from lmkan_deploy.verification import Comparison, Verification
+from lmkan_deploy.spec import TABLE_DTYPES
+from lmkan_deploy.verification import Comparison, TableCosts, Verification
 
 _console = Console(highlight=False)
+
+
+def _print(*parts: str | tuple[str, str]) -> None:
+    """One line of texts and (text, style): names and paths may hold what rich would take for its markup."""
+    _console.print(Text.assemble(*parts), soft_wrap=True)
 
 
 def print_export(result: ExportResult) -> None:
     """The outcome of an export."""
     info = result.info
-    _console.print(f"[bold]{result.path}[/]  {_bytes(info.file_bytes)}, from a {result.kind}")
+    article = "an" if result.kind[0] in "aeiou" else "a"
+    _print((str(result.path), "bold"), f"  {_bytes(info.file_bytes)}, from {article} {result.kind}")
     _print_layers(info)
     for note in result.notes:
-        _console.print(f"note: {note}")
+        _print(f"note: {note}")
+    _print_costs(result.tables)
     if result.verification is None:
-        _console.print("not verified")
+        _print("not verified")
         return
     worst: dict[str, float] = {}
     for comparison in result.verification.comparisons:
         worst[comparison.runner] = max(worst.get(comparison.runner, 0.0), comparison.max_rel)
     for runner, error in worst.items():
-        _console.print(f"[green]verified[/] {runner} against PyTorch: largest relative error {error:.1e}")
+        _print(("verified", "green"), f" {runner} against PyTorch: largest relative error {error:.1e}")
 
 
 def print_optimization(result: OptimizeResult) -> None:
     """What the passes did and what they left."""
-    _console.print(f"[bold]{result.path}[/]  {result.nodes_before} -> {result.nodes_after} nodes")
+    _print((str(result.path), "bold"), f"  {result.nodes_before} -> {result.nodes_after} nodes")
     _print_passes({name: outcome.applied for name, outcome in result.outcomes.items()}, "")
     _print_passes({name: outcome.refused for name, outcome in result.outcomes.items()}, "not ")
+    _print_costs(result.tables)
     if result.verification is not None:
         worst = max(comparison.max_rel for comparison in result.verification.comparisons)
-        _console.print(f"[green]verified[/] against the original: largest relative error {worst:.1e}")
+        _print(("verified", "green"), f" against the original: largest relative error {worst:.1e}")
 
 
 def _print_passes(lines: dict[str, list[str]], prefix: str) -> None:
     for name, entries in lines.items():
         for entry in entries:
-            _console.print(f"  {prefix}{name}: {entry}", markup=False, soft_wrap=True)
+            _print(f"  {prefix}{name}: {entry}")
 
 
 def print_verification(result: Verification) -> None:
@@ -54,13 +65,13 @@ def print_verification(result: Verification) -> None:
         _console.print(_comparison_table(f"{runner} against {result.reference}", result, runner))
     failed = [c for c in result.comparisons if not c.passed]
     for c in failed:
-        _console.print(f"[red]{c.runner}, {c.case}:[/] {_failure(c)}")
+        _print((f"{c.runner}, {c.case}:", "red"), f" {_failure(c)}")
+    _print_costs(result.tables)
     total = len(result.comparisons)
-    _console.print(
-        f"[bold red]{len(failed)} of {total} comparisons failed[/]"
-        if failed
-        else f"[green]all {total} comparisons passed[/]"
-    )
+    if failed:
+        _print((f"{len(failed)} of {total} comparisons failed", "bold red"))
+    else:
+        _print((f"all {total} comparisons passed", "green"))
 
 
 def _comparison_table(title: str, result: Verification, runner: str) -> Table:
@@ -76,8 +87,28 @@ def _comparison_table(title: str, result: Verification, runner: str) -> Table:
         verdict = Text("ok", "green") if c.passed else Text("FAILED", "bold red")
         errors = (c.max_abs, c.p99_abs, c.max_rel, c.p99_rel, c.rtol)
         cells = ("" if c.problem is not None else f"{error:.1e}" for error in errors)
-        table.add_row(c.case, c.output, *cells, verdict)
+        table.add_row(c.case, Text(c.output), *cells, verdict)
     return table
+
+
+def _print_costs(costs: TableCosts | None) -> None:
+    """What every layer's narrow table costs, and what the other types would."""
+    if costs is None:
+        return
+    _print(("largest relative error with one narrow table at a time", "bold"))
+    dtypes = sorted({dtype for cost in costs.layers for dtype in cost.errors}, key=TABLE_DTYPES.index)
+    table = Table()
+    table.add_column("lookup layer")
+    table.add_column("type", no_wrap=True)
+    table.add_column("table", justify="right", no_wrap=True)
+    for dtype in dtypes:
+        table.add_column(dtype, justify="right", no_wrap=True)
+    for cost in costs.layers:
+        errors = (f"{cost.errors[dtype]:.1e}" if dtype in cost.errors else "" for dtype in dtypes)
+        table.add_row(Text(cost.layer), cost.dtype, _bytes(cost.table_bytes), *errors)
+    _console.print(table)
+    size = _bytes(sum(cost.table_bytes for cost in costs.layers))
+    _print(f"all tables, {size}: largest relative error {costs.together:.1e}")
 
 
 def _failure(comparison: Comparison) -> str:
@@ -86,12 +117,37 @@ def _failure(comparison: Comparison) -> str:
     assert comparison.first_bad_values is not None
     expected, found = comparison.first_bad_values
     index = ", ".join(map(str, comparison.first_bad or ()))
-    return f"first bad element {comparison.output}\\[{index}]: expected {expected:.9g}, found {found:.9g}"
+    return f"first bad element {comparison.output}[{index}]: expected {expected:.9g}, found {found:.9g}"
+
+
+def print_engine(path: Path, manifest: Manifest) -> None:
+    """What an engine is and needs."""
+    _print((str(path), "bold"), f"  {_bytes(path.stat().st_size)}, {manifest.lookup_layers} lookup layers")
+    capability = manifest.compute_capability
+    gpu = f"compute capability {capability}" if capability else "every GPU that the runtime supports"
+    rows = {
+        "runtime": f"{manifest.runtime} {manifest.runtime_version}",
+        "GPU": gpu,
+        "plugin": "needed" if manifest.plugin_sha256 else "not needed",
+    }
+    for name, profile in manifest.profiles.items():
+        shapes = ("x".join(map(str, shape)) for shape in (profile.smallest, profile.typical, profile.largest))
+        rows[f"input {name}"] = (
+            " to ".join([*shapes][::2]) + f", tuned for {'x'.join(map(str, profile.typical))}"
+        )
+    _print_rows(rows)
+
+
+def _print_rows(rows: dict[str, str]) -> None:
+    grid = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        grid.add_row(Text(name, "dim"), Text(value))
+    _console.print(grid)
 
 
 def print_model(info: ModelInfo) -> None:
     """Everything that `inspect` knows."""
-    _console.print(f"[bold]{info.path}[/]  {_bytes(info.file_bytes)}, {_bytes(info.weight_bytes)} of weights")
+    _print((info.path, "bold"), f"  {_bytes(info.file_bytes)}, {_bytes(info.weight_bytes)} of weights")
     opsets = ", ".join(f"{domain} {version}" for domain, version in info.opsets.items())
     other = ", ".join(f"{count} {kind}" for kind, count in info.other_nodes.items())
     rows = {
@@ -115,7 +171,7 @@ def print_model(info: ModelInfo) -> None:
             grid.add_row(Text(name, "dim"), Text(value))
     _console.print(grid)
     if any(passes.values()):
-        _console.print("[dim]passes[/]")
+        _print(("passes", "dim"))
         _print_passes(passes.get("passes_applied", {}), "")
         _print_passes(passes.get("passes_refused", {}), "not ")
     _print_layers(info)
@@ -128,7 +184,7 @@ def _print_layers(info: ModelInfo) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for layer in info.layers:
         table.add_row(
-            layer.name,
+            Text(layer.name),
             str(layer.num_inputs),
             str(layer.num_outputs),
             str(layer.num_grids),

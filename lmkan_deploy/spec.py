@@ -5,7 +5,7 @@ docs/operator.md has the mathematics and every corner case.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -18,8 +18,16 @@ DOMAIN = "lmkan"
 OP_TYPE = "LMKAN2D"
 """ONNX operator type and TensorRT plugin name."""
 
+QUANTIZED_OP_TYPE = "LMKAN2DQuantized"
+"""The operator with an int8 table and scales; ONNX operator type and TensorRT plugin name."""
+
 OPSET_VERSION = 1
 """Version of the ONNX domain; also the TensorRT plugin's version."""
+
+TableDtype = Literal["float32", "float16", "bfloat16", "int8"]
+"""Element type of the tables; activations, positions and sums are not affected."""
+
+TABLE_DTYPES: tuple[TableDtype, ...] = get_args(TableDtype)
 
 MIN_NUM_GRIDS = 3
 """Fewest cells along an axis: the mirrored ghost points need two inner grid points."""

@@ -23,7 +23,7 @@ _RANDOM = "random"
 """First word of the names of random cases."""
 
 BATCH_SIZES = (1, 2, 7, 64)
-"""Sizes of the free axes of random inputs."""
+"""Sizes of the free axes of random inputs; see `random_cases`."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,49 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class TableCost:
+    """What the type of one layer's table costs.
+
+    Attributes:
+        layer: Name of the node.
+        dtype: The table's type in the model.
+        table_bytes: Its size in that type, the scales of an int8 table included.
+        errors: Type -> largest relative error of the model's outputs when this table alone has it, on the
+            data; see `Comparison.max_rel`. A type whose range is too small is missing.
+    """
+
+    layer: str
+    dtype: str
+    table_bytes: int
+    errors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TableCosts:
+    """What a model's narrow tables cost.
+
+    Attributes:
+        layers: One for each lookup layer, in the graph's order.
+        together: Largest relative error of the model's outputs with all of them, on the same data.
+    """
+
+    layers: list[TableCost]
+    together: float
+
+
+@dataclass(frozen=True)
 class Verification:
     """All comparisons of one call.
 
     Attributes:
         reference: What the runners were compared with.
         comparisons: One for each runner, case and output.
+        tables: What narrow tables cost, where the reference is a model with wider ones; otherwise None.
     """
 
     reference: str
     comparisons: list[Comparison]
+    tables: TableCosts | None = None
 
     @property
     def passed(self) -> bool:
@@ -93,19 +126,49 @@ class Verification:
     def to_json(self) -> dict[str, Any]:
         """The same as plain types."""
         comparisons = [asdict(c) | {"passed": c.passed} for c in self.comparisons]
-        return {"reference": self.reference, "passed": self.passed, "comparisons": comparisons}
+        tables = None if self.tables is None else asdict(self.tables)
+        return {
+            "reference": self.reference,
+            "passed": self.passed,
+            "comparisons": comparisons,
+            "tables": tables,
+        }
 
 
 def random_cases(
     specs: Sequence[TensorSpec], *, sizes: Sequence[int] = BATCH_SIZES, seed: int = 0
 ) -> dict[str, Arrays]:
-    """Random inputs for every size of the free axes; one case where no axis is free."""
+    """Random inputs of several sizes; one case where no axis is free.
+
+    Args:
+        specs: Inputs of a model.
+        sizes: Sizes of the free axes, a case for each. Where axes have several names, the first takes the
+            sizes in their order and the others are one, two, ... sizes ahead, so that a mix-up shows.
+        seed: Of the random numbers.
+
+    Returns:
+        Inputs by the name of their case.
+    """
     rng = np.random.default_rng(seed)
-    is_free = any(not isinstance(size, int) for spec in specs for size in spec.shape)
-    return {
-        f"{_RANDOM} {size}" if is_free else _RANDOM: random_inputs(specs, {None: size}, rng)
-        for size in (sizes if is_free else sizes[:1])
-    }
+    free = list(dict.fromkeys(size for spec in specs for size in spec.shape if not isinstance(size, int)))
+    if not free:
+        return {_RANDOM: random_inputs(specs, {None: 0}, rng)}
+    cases = {}
+    for index in range(len(sizes)):
+        chosen = {name: sizes[(index + ahead) % len(sizes)] for ahead, name in enumerate(free)}
+        case = f"{_RANDOM} {' x '.join(map(str, chosen.values()))}"
+        cases[case] = random_inputs(specs, {None: sizes[index], **chosen}, rng)
+    return cases
+
+
+def check_tolerance(rtol: float | None) -> None:
+    """Refuses a tolerance that would accept everything or nothing.
+
+    Raises:
+        InputError: It is negative, infinite or NaN.
+    """
+    if rtol is not None and not 0 <= rtol < np.inf:
+        raise InputError(f"expected a relative tolerance of at least 0 and finite, found {rtol}")
 
 
 def verify_runners(
@@ -129,8 +192,9 @@ def verify_runners(
         The comparisons; a runner that fails on a case yields one with a `problem`.
 
     Raises:
-        InputError: The reference itself does not take a case.
+        InputError: The reference itself does not take a case, or the tolerance is no number.
     """
+    check_tolerance(rtol)
     comparisons: list[Comparison] = []
     expected = _expected(reference, cases, progress)
     scales = _root_mean_squares(expected)

@@ -15,7 +15,7 @@ import torch
 
 import lmkan_deploy
 from lmkan_deploy import Architecture, upstream
-from lmkan_deploy.checkpoints.input_shapes import input_specs, parse_input_shape
+from lmkan_deploy.checkpoints.input_shapes import example_inputs, input_specs, parse_input_shape
 from lmkan_deploy.errors import CheckpointError
 from lmkan_deploy.nn import LMKAN2DLayer
 from networks import DATA, UserModel, make_stack
@@ -60,7 +60,7 @@ def test_exported_program(user_model: UserModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrap", ["plain", "state_dict", "model_state_dict", "model", "module.", "_orig_mod."]
+    "wrap", ["plain", "state_dict", "model_state_dict", "model", "net", "module.", "_orig_mod."]
 )
 def test_inferred_stack(wrap: str, tmp_path: Path) -> None:
     module = make_stack(6, 10, 4, 1)
@@ -85,6 +85,45 @@ def test_inferred_stack_keeps_affine_batch_norm_and_half_tables(tmp_path: Path) 
     loaded = lmkan_deploy.load_checkpoint(tmp_path / "model.pt").module
     assert loaded[0].func_parameter.dtype == torch.float16
     torch.testing.assert_close(loaded[1].weight.float(), module[1].weight.float())
+
+
+def test_inferred_stack_of_float64_becomes_float32(tmp_path: Path) -> None:
+    module = make_stack(6, 4, 2).double()
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    checkpoint = lmkan_deploy.load_checkpoint(tmp_path / "model.pt")
+    assert "from float64 to float32" in checkpoint.notes[-1]
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(checkpoint.module(x), module(x.double()).float())
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "net.inner."])
+def test_state_of_a_larger_module(prefix: str, user_model: UserModel, tmp_path: Path) -> None:
+    state = torch.load(user_model.state_dict, weights_only=True)
+    first = next(iter(state)).split(".")[0]
+    compiled = {k.replace(f"{first}.", f"{first}._orig_mod."): v for k, v in state.items()}
+    outer = {prefix + k: v for k, v in compiled.items()}
+    others = {"loss.weight": torch.ones(3)} if prefix else {}
+    torch.save({"state_dict": outer | others, "optimizer_states": [{}]}, tmp_path / "model.pt")
+    checkpoint = lmkan_deploy.load_checkpoint(tmp_path / "model.pt", user_model.architecture)
+    assert_close(outputs(checkpoint, user_model.x), user_model.y)
+    wanted = [f"left out 1 entries outside {prefix}, such as loss.weight"] if prefix else []
+    assert checkpoint.notes == wanted
+
+
+def test_ambiguous_checkpoints_are_refused(user_model: UserModel, tmp_path: Path) -> None:
+    state = torch.load(user_model.state_dict, weights_only=True)
+    both = {f"{name}.{key}": value for name in ("model", "ema") for key, value in state.items()}
+    for content, message in (
+        ({"model": state, "model_ema": state}, "several, under model, model_ema"),
+        ({"nets": {"a": state, "b": state}}, r"several, under nets\.a, nets\.b"),
+        (both, r"several, under model\., ema\."),
+    ):
+        torch.save(content, tmp_path / "model.pt")
+        with pytest.raises(CheckpointError, match=message):
+            lmkan_deploy.load_checkpoint(tmp_path / "model.pt", user_model.architecture)
+    scaled = {"model": state, "scaler": {"mean": torch.zeros(3)}}  # tensors, but not of a network
+    torch.save(scaled, tmp_path / "model.pt")
+    lmkan_deploy.load_checkpoint(tmp_path / "model.pt", user_model.architecture)
 
 
 def test_arguments_of_the_factory() -> None:
@@ -148,6 +187,9 @@ def test_other_contents(tmp_path: Path) -> None:
         ([1, 2], "found a list"),
         ({"epoch": 3, "loss": 0.5}, "keys 'epoch', 'loss'"),
         ({}, "without keys"),
+        ({"model": {}}, "keys 'model'"),
+        ({"0.func_parameter": torch.zeros(3), "epoch": 3}, "'epoch' of type int beside tensors"),
+        ({0: torch.zeros(3)}, "the key 0 of type int"),
         (torch.zeros(3), "found a Tensor"),
     ):
         torch.save(value, tmp_path / "model.pt")
@@ -172,6 +214,53 @@ def test_state_dicts_that_determine_no_network(tmp_path: Path) -> None:
         torch.save(state, tmp_path / "model.pt")
         with pytest.raises(CheckpointError, match=message):
             lmkan_deploy.load_checkpoint(tmp_path / "model.pt")
+
+
+TABLE, NORM = torch.ones(5, 5, 6, 2), torch.ones(6)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("0.func_parameter", TABLE[:, :, :0], r"an output and a pair of inputs, found \[5, 5, 0, 2\]"),
+        ("0.func_parameter", TABLE[..., :0], r"an output and a pair of inputs, found \[5, 5, 6, 0\]"),
+        ("0.func_parameter", TABLE.long(), "floating point, found one of int64"),
+        ("0.func_parameter", TABLE.to(torch.complex64), "floating point, found one of complex64"),
+        ("0.func_parameter", TABLE.to(torch.float8_e4m3fn), "floating point, found one of float8_e4m3fn"),
+        ("0.func_parameter", TABLE.to_sparse(), "found a sparse_coo one"),
+        ("0.func_parameter", TABLE.to("meta"), "without data, of the meta device"),
+        ("0.func_parameter", torch.zeros(1).expand(5, 5, 6, 1 << 40), "could not build layer 0"),
+        ("0.func_parameter", TABLE.double() * 1e300, "found 300 NaN or infinite"),
+        ("0.borders", torch.ones(6), "could not build layer 0 from its state: .*size mismatch for borders"),
+        ("0.borders", torch.ones(5).to_sparse(), "expected 0.borders as a dense tensor"),
+        ("1.running_mean", torch.ones(2, 3), r"expected 1.running_mean \[N\]"),
+        ("1.running_mean", NORM * torch.nan, "finite values in 1.running_mean, found 6"),
+        ("1.running_var", torch.ones(5), "could not build layer 1 from its state: .*size mismatch"),
+        ("1.running_var", -NORM, "variances of at least 0 in 1.running_var, found -1"),
+        ("1.weight", NORM * torch.inf, "finite values in 1.weight"),
+        ("999999999.func_parameter", TABLE, "no state of layer 2"),
+        ("9" * 30 + ".func_parameter", TABLE, "found the key '9999"),
+    ],
+)
+def test_damaged_states(key: str, value: torch.Tensor, message: str, tmp_path: Path) -> None:
+    module = torch.nn.Sequential(LMKAN2DLayer(4, 4, 6), torch.nn.BatchNorm1d(6))
+    torch.save(module.state_dict() | {key: value}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=message) as error:
+        lmkan_deploy.load_checkpoint(tmp_path / "model.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_states_of_a_factorys_network(user_model: UserModel, tmp_path: Path) -> None:
+    state = torch.load(user_model.state_dict, weights_only=True)
+    table = next(key for key in state if key.endswith("func_parameter"))
+    for value, message in (
+        (state[table].to("meta"), f"expected {table} as a dense tensor"),
+        (state[table] * torch.nan, f"finite values in {table}"),
+    ):
+        torch.save(state | {table: value}, tmp_path / "model.pt")
+        with pytest.raises(CheckpointError, match=message):
+            lmkan_deploy.load_checkpoint(tmp_path / "model.pt", user_model.architecture)
 
 
 def test_state_dict_of_another_network_names_the_first_keys() -> None:
@@ -420,3 +509,27 @@ def test_input_shapes_are_inferred_or_asked_for() -> None:
     with pytest.raises(CheckpointError, match="found c"):
         input_specs(Two(), [parse_input_shape(t) for t in ("n,3", "n,3", "c:n,3")])
     assert json.dumps(specs[0].shape) == '["n", 3]'
+
+
+def test_input_shapes_that_are_not_the_networks() -> None:
+    class Rest(torch.nn.Module):
+        def forward(self, x: torch.Tensor, *rest: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+            return x
+
+    class Nothing(torch.nn.Module):
+        def forward(self) -> None: ...
+
+    stack = make_stack(6, 3)
+    for module, shapes, message in (
+        (stack, ("x:n,6", "x:n,6"), "found two for x"),
+        (stack, ("z:n,6",), "expected inputs of x, found z"),
+        (stack, ("n,6", "n,6"), "found 1 shapes too many"),
+        (Nothing(), ("n,6",), "without parameters"),
+        (Rest(), (), r"inputs x, \*rest"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            input_specs(module, [parse_input_shape(shape) for shape in shapes])
+    specs = input_specs(Rest(), [parse_input_shape(shape) for shape in ("n,1", "n,2", "scale:n,3", "b:n,4")])
+    assert [spec.name for spec in specs] == ["x", "rest0", "b", "scale"]
+    with pytest.raises(CheckpointError, match="at most 1,073,741,824 elements"):
+        example_inputs([parse_input_shape("n,999999999999999999999")], {"n": 2})

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
+from lmkan_deploy import api
+from lmkan_deploy import cli as command_line
 from networks import DATA, ExportedStack, make_stack
 
 ROOT = Path(__file__).parent.parent
 
 
-def cli(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def cli(*arguments: object, cwd: Path | None = None, **options) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lmkan_deploy.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=cwd, check=False, **options
+    )
 
 
 def fails(result: subprocess.CompletedProcess[str], code: int, *fragments: str) -> None:
@@ -138,6 +148,8 @@ class TestMistakes:
     def test_checkpoints(self, tmp_path: Path) -> None:
         (tmp_path / "empty.pt").touch()
         fails(cli("export", "missing.pt", cwd=tmp_path), 2, "found no file missing.pt")
+        fails(cli("export", "none/missing.pt", cwd=tmp_path), 2, "found no file none/missing.pt")
+        fails(cli("export", ".", cwd=tmp_path), 2, "found the folder .")
         fails(cli("export", tmp_path / "empty.pt"), 2, "found the empty file")
         fails(cli("export", DATA / "methane.pickled.pt"), 2, "--trust-pickle")
         fails(cli("export", DATA / "methane.state_dict.pt"), 2, "--arch module:factory")
@@ -165,19 +177,260 @@ class TestMistakes:
         fails(run("wide.npz"), 2, "expected input x float32[batch, 12], found shape [2, 13]")
         fails(run("double.npz"), 2, "found float64", "astype('float32')")
         fails(run("other.npz"), 2, "expected arrays x", "found a, b")
-        fails(cli("verify", methane, "--outputs", tmp_path / "wide.npz"), 2)
+        fails(cli("verify", methane, "--outputs", tmp_path / "wide.npz"), 2, "--inputs")
         assert not (tmp_path / "outputs.npz").exists()
 
     def test_pickled_arrays_are_not_loaded(self, methane: Path, tmp_path: Path) -> None:
         np.savez(tmp_path / "objects.npz", x=np.array([{"a": 1}], dtype=object))
         fails(cli("run", methane, "-i", tmp_path / "objects.npz"), 2, "could not read")
 
-    def test_usage_and_debug(self, tmp_path: Path) -> None:
-        assert cli("export").returncode == 2
-        assert cli("nonsense").returncode == 2
+    def test_usage(self, methane: Path) -> None:
+        fails(cli("export"), 2, "Missing argument 'CHECKPOINT'", "see lmkan-deploy export --help")
+        fails(cli("nonsense"), 2, "'nonsense'", "see lmkan-deploy --help")
+        fails(cli("--nonsense"), 2, "--nonsense", "see lmkan-deploy --help")
+        fails(cli("run", methane, "--nonsense"), 2, "--nonsense", "see lmkan-deploy run --help")
+        fails(cli("inspect", "a" * 300), 2, "File name too long")
+
+    def test_numbers_out_of_range(self, methane: Path, tmp_path: Path) -> None:
+        fails(cli("verify", methane, "--seed", -1), 2, "--seed")
+        fails(cli("verify", methane, "--batch", -1), 2, "--batch")
+        fails(cli("verify", methane, "--batch", 10**12), 2, "--batch")
+        fails(cli("verify", methane, "--batch", 2 * 10**9), 2, "expected more memory")
+        fails(cli("run", methane, "-i", "x.npy", "--threads", 0), 2, "--threads")
+        fails(cli("run", methane, "-i", "x.npy", "--threads", 10**6), 2, "--threads")
+        for rtol in ("nan", "inf", "-1"):
+            fails(cli("verify", methane, "--rtol", rtol), 2)
+            fails(cli("export", *METHANE, "-o", tmp_path / "m.onnx", "--rtol", rtol), 2)
+        for opset in (17, 26, 99):
+            fails(cli("export", *METHANE, "-o", tmp_path / "m.onnx", "--opset", opset), 2, "--opset")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_options_that_would_have_no_effect(self, methane: Path) -> None:
+        stored = DATA / "methane.io.npz"
+        fails(cli("export", METHANE[0], "--arch-args", "{}"), 2, "expected --arch with --arch-args")
+        fails(cli("verify", methane, "--arch", "a:b"), 2, "--checkpoint")
+        fails(cli("verify", methane, "--input-shape", "batch,12"), 2, "--checkpoint")
+        both = ("-i", stored, "--outputs", stored)
+        fails(cli("verify", methane, *both, "-c", METHANE[0]), 2, "--outputs without")
+        fails(cli("verify", methane, *both, "--batch", 3), 2, "--outputs without")
+
+    def test_messages_are_one_line(self, tmp_path: Path) -> None:
+        fails(cli("inspect", "two\nlines.onnx", cwd=tmp_path), 2, "two lines.onnx")
+
+    def test_debug(self, tmp_path: Path) -> None:
         traced = cli("--debug", "inspect", tmp_path / "none.onnx")
         assert traced.returncode != 0
         assert "Traceback" in traced.stderr
+
+
+class TestOutputs:
+    """Files appear complete, where the user says, or not at all."""
+
+    @pytest.mark.parametrize("output", ["", ".", "folder/", "none/file", "loop", "/dev/null"])
+    def test_places_that_no_file_can_be_written_to(self, output: str, tmp_path: Path) -> None:
+        """They are found before anything is read."""
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "loop").symlink_to("loop")
+        for call in (("export", "none.pt"), ("optimize", "none.onnx"), ("run", "none.onnx", "-i", "x.npz")):
+            fails(cli(*call, "-o", output, cwd=tmp_path), 2, output.rstrip("/") or ".")
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "loop"]
+
+    def test_a_folder_that_even_root_can_not_write(self, methane: Path) -> None:
+        fails(cli("optimize", methane, "-o", "/proc/file"), 2, "could not write /proc/file")
+        inputs = DATA / "methane.io.npz"
+        fails(cli("run", methane, "-i", inputs, "-o", "/proc/file"), 2, "could not write /proc/file")
+
+    def test_a_folder_in_the_place_of_the_weights(self, methane: Path, tmp_path: Path) -> None:
+        (tmp_path / "m.onnx.data").mkdir()
+        call = ("optimize", methane, "-o", tmp_path / "m.onnx", "--external-data")
+        fails(cli(*call), 2, "found the folder")
+        assert [path.name for path in tmp_path.iterdir()] == ["m.onnx.data"]
+
+    def test_a_full_disk(self, methane: Path, tmp_path: Path) -> None:
+        np.save(tmp_path / "x.npy", np.zeros((5000, 12), np.float32))
+        # A write beyond the limit fails like one to a full disk.
+        limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))}
+        for options in ((), ("--external-data",)):
+            result = cli("optimize", methane, "-o", tmp_path / "m.onnx", *options, **limit)
+            fails(result, 2, "could not write", "m.onnx")
+        result = cli("run", methane, "-i", tmp_path / "x.npy", "-o", tmp_path / "y.npy", **limit)
+        fails(result, 2, "could not write", "y.npy")
+        assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+
+    def test_links_are_followed(self, methane: Path, tmp_path: Path) -> None:
+        (tmp_path / "folder").mkdir()
+        for name in ("m.onnx", "y.npz"):
+            (tmp_path / name).symlink_to(f"folder/{name}")  # whose target does not exist at first
+        inputs = DATA / "methane.io.npz"
+        for _ in range(2):
+            result = cli("optimize", methane, "-o", "m.onnx", "--external-data", cwd=tmp_path)
+            assert result.returncode == 0, result.stderr
+            assert cli("run", methane, "-i", inputs, "-o", "y.npz", cwd=tmp_path).returncode == 0
+        assert (tmp_path / "m.onnx").is_symlink()
+        assert (tmp_path / "y.npz").is_symlink()
+        names = sorted(path.name for path in (tmp_path / "folder").iterdir())
+        assert names == ["m.onnx", "m.onnx.data", "y.npz"]
+        assert cli("inspect", tmp_path / "folder" / "m.onnx").returncode == 0
+
+    def test_the_umask_gives_the_mode(self, methane: Path, tmp_path: Path) -> None:
+        umask = {"preexec_fn": lambda: os.umask(0o027)}
+        assert cli("optimize", methane, "-o", tmp_path / "m.onnx", **umask).returncode == 0
+        inputs = DATA / "methane.io.npz"
+        assert cli("run", methane, "-i", inputs, "-o", tmp_path / "y.npz", **umask).returncode == 0
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_an_interrupted_export_leaves_nothing(
+        self, number: signal.Signals, code: int, tmp_path: Path
+    ) -> None:
+        (tmp_path / "slow.py").write_text(SLOW)
+        torch.save(make_stack(4, 2)[0].state_dict(), tmp_path / "m.pt")
+        call = [sys.executable, "-m", "lmkan_deploy.cli", "export", "m.pt", "--arch", "slow:make"]
+        process = subprocess.Popen(
+            [*call, "--arch-path", "."], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "waiting").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.communicate(timeout=60) == (b"", b"")
+        assert process.returncode == code
+        left = {path.name for path in tmp_path.iterdir()} - {"__pycache__"}
+        assert left == {"m.pt", "slow.py", "waiting"}
+
+
+SLOW = """
+import pathlib, time
+from lmkan_deploy.nn import LMKAN2DLayer
+
+class Slow(LMKAN2DLayer):
+    def forward(self, x):
+        if any(pathlib.Path().glob(".lmkan-*/*.onnx")):  # the model is staged, and being verified
+            pathlib.Path("waiting").touch()
+            time.sleep(100)
+        return super().forward(x)
+
+def make():
+    return Slow(6, 4, 2)
+"""
+
+
+TALKATIVE = """
+import logging, sys, warnings
+import torch
+from lmkan_deploy.nn import LMKAN2DLayer
+
+class Talkative(LMKAN2DLayer):
+    def forward(self, x):
+        print("a print")
+        return super().forward(x)
+
+class Branching(LMKAN2DLayer):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if y.sum() > 0 else -y
+"""
+
+
+def test_stderr_of_a_network_that_depends_on_its_data(tmp_path: Path) -> None:
+    (tmp_path / "talk.py").write_text(TALKATIVE)
+    torch.save(make_stack(4, 2)[0].state_dict(), tmp_path / "m.pt")
+    call = ("m.pt", "--arch", "talk:Branching", "--arch-path", ".", "--arch-args", "[6, 4, 2]")
+    fails(cli("export", *call, cwd=tmp_path), 2, "could not trace")
+    debug = cli("--debug", "export", *call, cwd=tmp_path).stderr
+    assert "torch.ops.lmkan.lookup2d" in debug
+    assert "Traceback" in debug
+
+
+def test_what_a_network_prints_is_no_part_of_the_result(tmp_path: Path) -> None:
+    (tmp_path / "talk.py").write_text(TALKATIVE)
+    torch.save(make_stack(4, 2)[0].state_dict(), tmp_path / "m.pt")
+    call = ("m.pt", "--arch", "talk:Talkative", "--arch-path", ".", "--arch-args", "[6, 4, 2]")
+    result = cli("export", *call, "--json", cwd=tmp_path)
+    assert json.loads(result.stdout)["verification"]["passed"] is True
+    assert set(result.stderr.splitlines()) == {"a print"}
+
+
+def test_names_with_brackets(tmp_path: Path) -> None:
+    """Brackets are markup to rich."""
+    torch.save(make_stack(4, 2).state_dict(), tmp_path / "[red]m[bold].pt")
+    result = cli("export", "[red]m[bold].pt", "-o", "[bold]m.onnx", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("[bold]m.onnx  ")
+    assert " from an inferred stack\n" in result.stdout
+    model = onnx.load(tmp_path / "[bold]m.onnx")
+    next(node for node in model.graph.node if node.op_type == "LMKAN2D").name = "[/]layer"
+    for node in model.graph.node:
+        node.output[:] = ["[b]y" if name == "y" else name for name in node.output]
+    model.graph.output[0].name = "[b]y"
+    onnx.save(model, tmp_path / "[i]m.onnx")
+    inspected = cli("inspect", "[i]m.onnx", cwd=tmp_path).stdout
+    assert inspected.startswith("[i]m.onnx  ")
+    assert "[/]layer" in inspected
+    assert "[red]m[bold].pt" in inspected
+    assert "[b]y" in cli("verify", "[i]m.onnx", cwd=tmp_path).stdout
+    assert cli("optimize", "[i]m.onnx", "-o", "[u]m.onnx", cwd=tmp_path).stdout.startswith("[u]m.onnx  ")
+    fails(cli("inspect", "[red]none", cwd=tmp_path), 2, "[red]none")
+
+
+def test_long_paths_stay_on_one_line(stack: ExportedStack, tmp_path: Path) -> None:
+    path = tmp_path / f"{'long' * 30}.onnx"
+    assert cli("optimize", stack.onnx, "-o", path).stdout.startswith(f"{path}  ")
+
+
+def test_json_has_no_nan(methane: Path, tmp_path: Path) -> None:
+    stored = dict(np.load(DATA / "methane.io.npz"))
+    stored["y"][3, 0] = np.nan
+    np.savez(tmp_path / "y.npz", **stored)
+    result = cli("verify", methane, "-i", tmp_path / "y.npz", "--outputs", tmp_path / "y.npz", "--json")
+    assert result.returncode == 1
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    comparison = json.loads(result.stdout, parse_constant=refuse)["comparisons"][0]
+    assert comparison["max_abs"] == "Infinity"
+    assert comparison["first_bad_values"][0] == "NaN"
+
+
+def test_axes_of_several_names_have_several_sizes(tmp_path: Path) -> None:
+    torch.save(make_stack(4, 2)[0].state_dict(), tmp_path / "m.pt")
+    arch = ("--arch", "lmkan_deploy.nn:LMKAN2DLayer", "--arch-args", "[6, 4, 2]")
+    result = cli("export", "m.pt", *arch, "--input-shape", "batch,time,4", "--json", cwd=tmp_path)
+    comparisons = json.loads(result.stdout)["verification"]["comparisons"]
+    assert [c["case"] for c in comparisons[::2]] == [
+        "random 1 x 2",
+        "random 2 x 7",
+        "random 7 x 64",
+        "random 64 x 1",
+    ]
+
+
+def test_the_range_of_opsets(stack: ExportedStack, tmp_path: Path) -> None:
+    text = " ".join(cli("export", "--help").stdout.split())
+    assert f"[18<=x<={api.MAX_OPSET}]" in text
+    path = tmp_path / "m.onnx"
+    result = cli("export", stack.checkpoint, "-o", path, "--opset", api.MAX_OPSET)
+    assert result.returncode == 0, result.stderr
+    assert {entry.domain: entry.version for entry in onnx.load(path).opset_import}[""] == api.MAX_OPSET
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", ["export", "optimize", "verify", "run", "inspect"])
+def test_examples_in_the_help_can_be_copied(command: str, columns: int) -> None:
+    """Each is one line, whatever the width, and its options exist."""
+    text = cli(command, "--help", env={**os.environ, "COLUMNS": str(columns)}).stdout
+    source = next(
+        c.callback.__doc__ for c in command_line.app.registered_commands if c.callback.__name__ == command
+    )
+    written = re.findall(r"^ +(lmkan-deploy .*)$", source, re.MULTILINE)
+    assert written
+    assert re.findall(r"^ +(lmkan-deploy .*)$", text, re.MULTILINE) == written
+    for example in written:
+        for option in re.findall(r" (--?[a-z][a-z-]*)", example):
+            assert re.search(rf"^ +(.*, )?{option}[ ,]", text, re.MULTILINE), option
 
 
 def test_help_has_an_example_for_every_command() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import os
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +15,14 @@ import torch
 
 import lmkan_deploy
 from lmkan_deploy import Architecture, api
-from lmkan_deploy.checkpoints.input_shapes import parse_input_shape
+from lmkan_deploy.checkpoints.input_shapes import input_specs, parse_input_shape
 from lmkan_deploy.converters.model_file import staged_model
 from lmkan_deploy.converters.torch_to_onnx import to_onnx
 from lmkan_deploy.errors import ExportError, ModelError, VerificationError
 from lmkan_deploy.nn import LMKAN2DLayer, LMKANConv2d, PreconditionedLMKAN2D
+from lmkan_deploy.runtime.pytorch import TorchRunner
 from lmkan_deploy.runtime.runner import load_runner
+from lmkan_deploy.verification import random_cases, verify_runners
 from networks import DATA, ExportedStack, UserModel, make_stack
 
 RUNTIMES = ("onnxruntime", "onnxruntime-function", "onnx-reference")
@@ -25,8 +30,6 @@ RUNTIMES = ("onnxruntime", "onnxruntime-function", "onnx-reference")
 
 def export_module(module: torch.nn.Module, path: Path, *shapes: str, **options) -> Path:
     """Exports a module that never was in a file."""
-    from lmkan_deploy.checkpoints.input_shapes import input_specs
-
     specs = input_specs(module.eval(), [parse_input_shape(shape) for shape in shapes])
     with staged_model(to_onnx(module, specs, **options), path):
         pass
@@ -184,6 +187,230 @@ def test_a_batch_that_is_not_free_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(ExportError, match="batch"):
         export_module(Fixed(), tmp_path / "model.onnx", "batch,4")
+
+
+class Block(torch.nn.Module):
+    """A lookup layer whose surroundings a test chooses."""
+
+    def __init__(self, forward, width: int = 4, **buffers: torch.Tensor) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lmkan = LMKAN2DLayer(5, width, width)
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+        self.forward = types.MethodType(forward, self)
+
+
+def assert_agrees(module: torch.nn.Module, path: Path, *shapes: str) -> list[str]:
+    """Exports a module, compares ONNX Runtime with it, and gives the names of the outputs."""
+    export_module(module, path, *shapes)
+    runners = [load_runner(path, runtime) for runtime in RUNTIMES[:2]]
+    names = [spec.name for spec in runners[0].outputs]
+    specs = input_specs(module, [parse_input_shape(shape) for shape in shapes])
+    reference = TorchRunner(module, specs, names)
+    result = verify_runners(reference, runners, random_cases(runners[0].inputs, sizes=[2, 5]))
+    assert result.passed, result
+    return names
+
+
+def varied(self, *xs, scale):
+    return self.lmkan(xs[0]) * scale - self.lmkan(xs[1])
+
+
+def with_defaults(self, x, mask=None, scale=None):
+    y = self.lmkan(x)
+    y = y if mask is None else y * mask
+    return y if scale is None else y + scale
+
+
+@pytest.mark.parametrize(
+    ("forward", "shapes"),
+    [
+        (varied, ("left:n,4", "right:n,4", "scale:1")),
+        (with_defaults, ("n,4",)),
+        (with_defaults, ("x:n,4", "scale:n,4")),
+        (lambda self, a, b: self.lmkan(a).sum(0) + self.lmkan(b), ("a:n,4", "b:m,4")),
+    ],
+    ids=["varied", "defaults", "keyword", "two axes"],
+)
+def test_inputs_reach_their_parameters(forward, shapes: tuple[str, ...], tmp_path: Path) -> None:
+    module = Block(forward).eval()
+    assert_agrees(module, tmp_path / "model.onnx", *shapes)
+    if shapes == ("x:n,4", "scale:n,4"):
+        runner = load_runner(tmp_path / "model.onnx")
+        x, scale = torch.randn(3, 4), torch.randn(3, 4)
+        y = runner.run({"x": x.numpy(), "scale": scale.numpy()})["y"]
+        want = module(x, scale=scale).detach()
+        torch.testing.assert_close(torch.from_numpy(y), want, rtol=1e-4, atol=1e-5)
+
+
+def test_programs_with_nested_inputs_and_keywords(tmp_path: Path) -> None:
+    module = Block(lambda self, batch, *, scale: {"out": self.lmkan(batch["a"]) * scale}).eval()
+    n = torch.export.Dim("n")
+    program = torch.export.export(
+        module,
+        ({"a": torch.randn(3, 4)},),
+        {"scale": torch.randn(4)},
+        dynamic_shapes={"batch": {"a": {0: n}}, "scale": None},
+    )
+    torch.export.save(program, tmp_path / "model.pt2")
+    result = lmkan_deploy.export(tmp_path / "model.pt2", tmp_path / "model.onnx")
+    assert result.verification.passed
+    assert result.info.inputs == ["batch_a float32[batch, 4]", "scale float32[4]"]
+    assert result.info.outputs[0].startswith("out ")
+
+
+Pair = collections.namedtuple("Pair", "first second")
+
+
+@pytest.mark.parametrize(
+    ("returned", "names"),
+    [
+        (lambda x, y: {"logits": y, "relu": torch.relu(y) + 1, "loss": None}, ["logits", "relu"]),
+        (lambda x, y: {"x": y, "hidden": y + 1}, ["y0", "y1"]),  # x is an input
+        (lambda x, y: {"a": y, "b": [y + 1]}, ["y0", "y1"]),
+        (lambda x, y: (y, None, y + 1), ["y0", "y1"]),
+        (lambda x, y: Pair(y, y + 1), ["y0", "y1"]),
+        (lambda x, y: {"logits": y}, ["logits"]),
+    ],
+)
+def test_outputs_and_their_names(returned, names: list[str], tmp_path: Path) -> None:
+    module = Block(lambda self, x: returned(x, self.lmkan(x) + self.y), y=torch.ones(4)).eval()
+    assert assert_agrees(module, tmp_path / "model.onnx") == names
+
+
+@dataclasses.dataclass
+class Result:
+    y: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda y: (y, 3), "found int among its outputs; leave it out"),
+        (lambda y: (y, "text"), "found str among"),
+        (lambda y: (y, y.shape[0]), "found int among"),
+        (lambda y: None, "found none among"),
+        (lambda y: {}, "found none among"),
+        (Result, r"Result among its outputs; return a dict, or call torch.export.register_dataclass"),
+    ],
+)
+def test_outputs_that_are_no_tensors(returned, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message):
+        export_module(Block(lambda self, x: returned(self.lmkan(x))), tmp_path / "model.onnx")
+
+
+def test_programs_whose_outputs_are_no_tensors(tmp_path: Path) -> None:
+    module = Block(lambda self, x: (self.lmkan(x), 3)).eval()
+    torch.export.save(torch.export.export(module, (torch.randn(3, 4),)), tmp_path / "model.pt2")
+    with pytest.raises(ExportError, match="found int among its outputs"):
+        lmkan_deploy.export(tmp_path / "model.pt2", tmp_path / "model.onnx")
+
+
+def counting(self, x):
+    self.count += 1
+    return self.lmkan(x)
+
+
+def averaging(self, x):
+    self.count = 0.9 * self.count + x.mean()
+    return self.lmkan(x)
+
+
+def training(self, x):
+    return torch.nn.functional.batch_norm(self.lmkan(x), self.mean, self.var, training=True)
+
+
+@pytest.mark.parametrize(
+    ("forward", "buffers", "message"),
+    [
+        (counting, ("count",), "each call changes count"),
+        (averaging, ("count",), "each call changes count"),
+        (training, ("mean", "var"), "each call changes mean, var; put layers such as BatchNorm into eval"),
+        (lambda self, x: torch.dropout(self.lmkan(x), 0.5, True), (), "others at the second"),
+        (lambda self, x: self.lmkan(x) + torch.randn_like(x), (), "others at the second"),
+    ],
+    ids=["counting", "averaging", "training", "dropout", "noise"],
+)
+def test_networks_that_change_between_calls(forward, buffers, message: str, tmp_path: Path) -> None:
+    module = Block(forward, **{name: torch.ones(4) for name in buffers})
+    with pytest.raises(ExportError, match=message):
+        export_module(module, tmp_path / "model.onnx")
+
+
+def test_caches_made_at_the_first_call_are_no_state(tmp_path: Path) -> None:
+    def cached(self, x):
+        if not hasattr(self, "positions"):
+            self.register_buffer("positions", torch.linspace(0, 1, 4))
+        return self.lmkan(x) + self.positions
+
+    assert_agrees(Block(cached).eval(), tmp_path / "model.onnx", "n,4")
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "found"),
+    [
+        (Block(lambda self, x: self.lmkan(x)).double(), "n,4:float64", "float64"),
+        (Block(lambda self, x: self.lmkan(x.double()).float()), "n,4", "float64"),
+        (Block(torch.no_grad()(lambda self, x: self.lmkan(x))), "n,4:int64", "int64"),
+    ],
+)
+def test_lookups_of_other_types(module: torch.nn.Module, shape: str, found: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=f"lookup layers of float32.*{found}; convert .* model.float"):
+        export_module(module, tmp_path / "model.onnx", shape)
+
+
+def forward(self, x):  # PyTorch records the lines of functions of this name alone
+    return torch.linalg.svd(self.lmkan(x))[1]
+
+
+def branching(self, x):
+    return self.lmkan(x) if x.sum() > 0 else -self.lmkan(x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "shape", "message"),
+    [
+        (branching, "n,4", r"depends on values .* at test_export.py:\d+, `.*x.sum\(\) > 0.*use torch.where"),
+        (lambda self, x: torch.stack([self.lmkan(r) for r in x]), "n,4", "axis n can't be free.*as a number"),
+        (lambda self, x: self.lmkan(x) + self.y[:, : x.shape[0]].T, "n,4", "needs .*n <= 32; give it"),
+        (forward, "n,4", r"no operator for aten.*svd at test_export"),
+        (
+            lambda self, x: self.lmkan(x[:, :3]),
+            "n,4",
+            r"does not take its inputs: ValueError.*shapes \[4, 4\]",
+        ),
+    ],
+    ids=["branch", "loop", "limit", "operator", "shape"],
+)
+def test_errors_say_where_and_what_to_do(forward, shape: str, message: str, tmp_path: Path, capfd) -> None:
+    with pytest.raises(ExportError, match=message) as error:
+        export_module(Block(forward, y=torch.ones(4, 32)), tmp_path / "model.onnx", shape)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+class Attention(torch.nn.Module):
+    """A transformer block with lookup layers in place of its dense ones."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(5, width)
+        self.norm = torch.nn.LayerNorm(width)
+        self.qkv = LMKAN2DLayer(5, width, 3 * width)
+        self.drop = torch.nn.Dropout(0.1)
+        self.out = PreconditionedLMKAN2D(5, width, width, "relu_last")
+
+    def forward(self, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens) * weight[..., None]
+        batch, length, width = x.shape
+        parts = self.qkv(self.norm(x)).view(batch, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        y = torch.nn.functional.scaled_dot_product_attention(*parts.unbind(0))
+        return x + self.drop(self.out(y.transpose(1, 2).reshape(batch, length, width)))
+
+
+def test_attention_around_lookups(tmp_path: Path) -> None:
+    assert_agrees(Attention().eval(), tmp_path / "model.onnx", "tokens:n,length:int64", "weight:n,length")
 
 
 def test_networks_without_onnx_operators_are_an_error(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmkan_deploy.reference import _find_cells, lookup2d
+from lmkan_deploy.reference import find_cells, lookup2d
 from lmkan_deploy.runtime.native import CpuTable, Dtype, Isa, NativeError, Ownership
 
 DTYPES = {
@@ -54,7 +54,7 @@ def evaluate(handle: CpuTable, x: np.ndarray, num_outputs: int, num_tasks: int =
 
 def scale_of(x: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Sum of the magnitudes that a row adds up, the natural unit of its rounding error."""
-    _, d = _find_cells(x.astype(np.float64), table.shape[1] - 1)
+    _, d = find_cells(x.astype(np.float64), table.shape[1] - 1)
     weights = (np.abs(1 - d) + np.abs(d)).reshape(len(x), table.shape[0], 2).prod(-1).sum(-1)
     return weights[:, None] * np.abs(table.astype(np.float64)).max()
 
@@ -162,7 +162,8 @@ def test_number_of_tasks_is_sensible() -> None:
     ("arguments", "message"),
     [
         ((0, Dtype.FLOAT32, 2, 4, 3), "null pointer"),
-        ((64, 3, 2, 4, 3), "float32.*found dtype 3"),
+        ((64, 4, 2, 4, 3), "float32.*found dtype 4"),
+        ((64, 3, 2, 4, 3), "expected scales for a table of int8.*without scales"),
         ((64, -1, 2, 4, 3), "found dtype -1"),
         ((64, Dtype.FLOAT32, 0, 4, 3), "at least 1 pair.*found 0 pairs"),
         ((64, Dtype.FLOAT32, -2, 4, 3), "found -2 pairs"),

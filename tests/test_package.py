@@ -126,7 +126,7 @@ def test_lookup_of_libraries(tmp_path: Path) -> None:
     assert default.is_absolute()
     (tmp_path / default.name).write_bytes(default.read_bytes())
     assert Path(python(code, LMKAN_DEPLOY_LIBRARY_DIR=str(tmp_path)).strip()).parent == tmp_path
-    with pytest.raises(LibraryError, match="expected a library of cpu, onnxruntime, found 'gpu'"):
+    with pytest.raises(LibraryError, match=r"expected a library of cpu, .*, found 'gpu'"):
         lmkan_deploy.get_library_path("gpu")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lmkan_deploy import api
+from lmkan_deploy.errors import InputError, VerificationError
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec
 from lmkan_deploy.verification import random_cases, verify_runners
 
@@ -104,3 +106,26 @@ def test_random_cases_cover_the_batch_sizes() -> None:
     assert {name: case["x"].shape for name, case in cases.items()} == {"random 0": (0, 3), "random 5": (5, 3)}
     assert cases["random 5"]["ids"].dtype == np.int64
     assert list(random_cases([TensorSpec("x", (2, 3), "float32")])) == ["random"]
+
+
+def test_axes_of_several_names_take_several_sizes() -> None:
+    specs = [TensorSpec("x", ("n", "t", 3), "float32"), TensorSpec("mask", ("n", None), "float32")]
+    cases = random_cases(specs, sizes=[1, 2, 7])
+    assert [(case["x"].shape, case["mask"].shape) for case in cases.values()] == [
+        ((1, 2, 3), (1, 7)),
+        ((2, 7, 3), (2, 1)),
+        ((7, 1, 3), (7, 2)),
+    ]
+    assert list(cases) == ["random 1 x 2 x 7", "random 2 x 7 x 1", "random 7 x 1 x 2"]
+    assert list(random_cases(specs, sizes=[5])) == ["random 5 x 5 x 5"]
+
+
+@pytest.mark.parametrize("rtol", [float("nan"), float("inf"), -1e-3])
+def test_tolerances_that_say_nothing_are_refused(rtol: float) -> None:
+    with pytest.raises(InputError, match="expected a relative tolerance"):
+        compare(np.ones(3), np.zeros(3), rtol=rtol)
+
+
+def test_nothing_compared_is_an_error_that_says_so() -> None:
+    with pytest.raises(VerificationError, match="nothing was compared"):
+        api._require(verify_runners({}, [Fixed({})], {}), "the model differs")

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lmkan_deploy.checkpoints.state_dict import one_line
 from lmkan_deploy.errors import CheckpointError
 from lmkan_deploy.nn import LMKAN2DLayer
 from lmkan_deploy.runtime.tensors import TensorSpec
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool")
+
+_MAX_ELEMENTS = 1 << 30
+"""Of an input; more is a slip of the keyboard."""
 
 BATCH = "batch"
 """Name of the free first axis of an inferred input."""
@@ -42,48 +51,96 @@ def parse_input_shape(text: str) -> TensorSpec:
 
 
 def input_specs(module: nn.Module, shapes: Sequence[TensorSpec] = ()) -> list[TensorSpec]:
-    """Inputs of a network, named after its forward's parameters.
+    """Inputs of a network in the order of its forward's parameters, named after them.
 
     Args:
         module: The network.
-        shapes: What the user said, by name or by position. Without it, a network with one parameter is
-            tried with [batch, N_in] of its first lookup layer.
+        shapes: What the user said, by name or by position; those of `*args` may have any name. Without
+            it, a network with one parameter is tried with [batch, N_in] of its first lookup layer.
 
     Raises:
         CheckpointError: The shapes don't match the parameters, or none could be found.
     """
     parameters = _forward_parameters(module)
+    if not parameters:
+        raise CheckpointError("expected a network with inputs, found a forward without parameters")
+    rest = next((p.name for p in parameters.values() if p.kind == p.VAR_POSITIONAL), None)
+    single = {name: p for name, p in parameters.items() if name != rest}
     if not shapes:
-        return [_inferred(module, parameters)]
-    named = {shape.name: shape for shape in shapes if shape.name}
-    positional = [shape for shape in shapes if not shape.name]
-    unknown = [name for name in named if name not in parameters]
+        return [_inferred(module, [*_required(single), *([f"*{rest}"] if rest else [])])]
+    expected = ", ".join([*single, *([f"*{rest}"] if rest else [])])
+    named = [shape.name for shape in shapes if shape.name]
+    twice = next((name for name in named if named.count(name) > 1), None)
+    if twice is not None:
+        raise CheckpointError(f"expected one shape for each input, found two for {twice}")
+    unknown = [name for name in named if name not in single]
+    if unknown and rest is None:
+        raise CheckpointError(f"expected inputs of {expected}, found {', '.join(unknown)}")
+    given = {shape.name: shape for shape in shapes if shape.name in single}
+    others = [shape for shape in shapes if shape.name not in single]
     result = []
-    for name, required in parameters.items():
-        if name in named:
-            result.append(named[name])
-        elif positional:
-            shape = positional.pop(0)
-            result.append(TensorSpec(name, shape.shape, shape.dtype))
-        elif required:
+    for name, parameter in single.items():
+        shape = given.get(name)
+        if shape is None and parameter.kind != parameter.KEYWORD_ONLY and others and not others[0].name:
+            shape = others.pop(0)
+        if shape is not None:
+            result.append(replace(shape, name=name))
+        elif name in _required(single):
             raise CheckpointError(
-                f"expected an input shape for each of {', '.join(parameters)}, found none for {name}; pass "
+                f"expected an input shape for each of {expected}, found none for {name}; pass "
                 f"--input-shape {name}:batch,..."
             )
-    if unknown or positional:
-        raise CheckpointError(
-            f"expected inputs of {', '.join(parameters)}, found "
-            f"{', '.join(unknown) or f'{len(positional)} shapes too many'}"
-        )
-    return result
+    if others and rest is None:
+        raise CheckpointError(f"expected inputs of {expected}, found {len(others)} shapes too many")
+    rests = [replace(spec, name=spec.name or f"{rest}{index}") for index, spec in enumerate(others)]
+    keywords = [spec for spec in result if single[spec.name].kind == inspect.Parameter.KEYWORD_ONLY]
+    return [*(spec for spec in result if spec not in keywords), *rests, *keywords]
 
 
-def example_inputs(specs: Sequence[TensorSpec], free_size: int) -> tuple[Tensor, ...]:
-    """Tensors of the inputs' shapes, every free axis of one size."""
+def call_arguments(
+    module: nn.Module, names: Sequence[str], values: Sequence[Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a network's call, by position as far as its forward's parameters go, then by keyword.
+
+    Args:
+        module: The network.
+        names: Of its inputs, from `input_specs`; or all inputs of a traced program, in order.
+        values: One for each name.
+    """
+    if isinstance(module, torch.fx.GraphModule):
+        args, kwargs = torch.utils._pytree.tree_unflatten(list(values), module._in_spec)
+        return tuple(args), kwargs
+    parameters = _forward_parameters(module)
+    takes_rest = any(p.kind == p.VAR_POSITIONAL for p in parameters.values())
+    positions = [name for name, p in parameters.items() if p.kind != p.KEYWORD_ONLY]
+    args, kwargs = [], {}
+    for index, (name, value) in enumerate(zip(names, values, strict=True)):
+        by_keyword = name in parameters and parameters[name].kind == inspect.Parameter.KEYWORD_ONLY
+        if positions[index : index + 1] == [name] or (takes_rest and not by_keyword):
+            args.append(value)
+        else:  # a parameter before it has its default
+            kwargs[name] = value
+    return tuple(args), kwargs
+
+
+def example_inputs(specs: Sequence[TensorSpec], free_sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
+    """Tensors of the inputs' shapes.
+
+    Args:
+        specs: The inputs.
+        free_sizes: Size of each free axis by name.
+
+    Raises:
+        CheckpointError: They are too large.
+    """
     generator = torch.Generator().manual_seed(0)
     result = []
     for spec in specs:
-        shape = [size if isinstance(size, int) else free_size for size in spec.shape]
+        shape = [free_sizes[size] if isinstance(size, str) else size or 1 for size in spec.shape]
+        if math.prod(shape) > _MAX_ELEMENTS:
+            raise CheckpointError(
+                f"expected inputs of at most {_MAX_ELEMENTS:,} elements, found {spec}; check --input-shape"
+            )
         dtype = getattr(torch, spec.dtype)
         if dtype.is_floating_point:
             result.append(torch.randn(shape, generator=generator).to(dtype))
@@ -92,36 +149,37 @@ def example_inputs(specs: Sequence[TensorSpec], free_size: int) -> tuple[Tensor,
     return tuple(result)
 
 
-def _forward_parameters(module: nn.Module) -> dict[str, bool]:
-    """Name -> whether it is required."""
+def _forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """Parameters that can be inputs; `**kwargs` can't."""
     if type(module) is nn.Sequential:
-        return {"x": True}
-    result = {}
-    for name, parameter in inspect.signature(module.forward).parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        result[name] = parameter.default is parameter.empty
-    return result
+        return {"x": inspect.Parameter("x", inspect.Parameter.POSITIONAL_ONLY)}
+    parameters = inspect.signature(module.forward).parameters
+    return {name: p for name, p in parameters.items() if p.kind != p.VAR_KEYWORD}
 
 
-def _inferred(module: nn.Module, parameters: dict[str, bool]) -> TensorSpec:
-    required = [name for name, is_required in parameters.items() if is_required]
+def _required(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    return [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+
+
+def _inferred(module: nn.Module, required: list[str]) -> TensorSpec:
     layer = next((m for m in module.modules() if isinstance(m, LMKAN2DLayer)), None)
-    if len(required) != 1 or layer is None:
+    if len(required) != 1 or required[0].startswith("*") or layer is None:
         raise CheckpointError(
             f"can't infer the shapes of the inputs {', '.join(required)}; pass --input-shape for each, such as "
-            f"--input-shape {required[0] if required else 'x'}:batch,12"
+            f"--input-shape {required[0].strip('*') if required else 'x'}:batch,12"
         )
+    name = required[0]
     dtype = str(layer.func_parameter.dtype).removeprefix("torch.")
-    spec = TensorSpec(required[0], (BATCH, layer.input_dim), dtype)
+    spec = TensorSpec(name, (BATCH, layer.input_dim), dtype)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
             for size in (2, 3):
-                module(*example_inputs([spec], size))
+                args, kwargs = call_arguments(module, [name], example_inputs([spec], {BATCH: size}))
+                module(*args, **kwargs)
     except Exception as error:  # any network may raise anything
         raise CheckpointError(
-            f"can't infer the shape of the input {required[0]}: the network does not take {spec} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}); pass "
-            f"--input-shape, such as --input-shape {required[0]}:batch,3,32,32"
+            f"can't infer the shape of the input {name}: the network does not take {spec} "
+            f"({type(error).__name__}: {one_line(error)}); pass "
+            f"--input-shape, such as --input-shape {name}:batch,3,32,32"
         ) from error
     return spec

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import zipfile
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from lmkan_deploy.checkpoints.state_dict import build_stack, fill, unwrap
 from lmkan_deploy.errors import CheckpointError
 from lmkan_deploy.nn import LMKAN2DLayer
 from lmkan_deploy.spec import MIN_NUM_GRIDS, grid_points
+from lmkan_deploy.staging import file_sha256
 
 Kind = Literal["state dict", "inferred stack", "exported program", "pickled module"]
 
@@ -43,11 +43,7 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """Hash of the file."""
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return file_sha256(self.path)
 
 
 def load_checkpoint(
@@ -77,7 +73,7 @@ def load_checkpoint(
     else:
         content = _load_content(path, architecture, trust_pickle)
         checkpoint = _from_content(path, content, architecture)
-    _check_tables(checkpoint)
+    _check_values(checkpoint)
     return checkpoint
 
 
@@ -149,22 +145,17 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 def _from_content(path: Path, content: Any, architecture: Architecture) -> Checkpoint:
     if isinstance(content, nn.Module):
         return Checkpoint(path, "pickled module", _prepare(content))
-    state = unwrap(content)
-    if state is None:
-        found = f"a {type(content).__name__}"
-        if isinstance(content, dict):
-            found += (
-                f" with the keys {', '.join(map(repr, list(content)[:5]))}" if content else " without keys"
-            )
-        raise CheckpointError(f"expected a state dict or a module in {path}, found {found}")
+    state = unwrap(content, path)
     if architecture.factory is not None:
         module = architecture.build()
-        fill(module, state, architecture.factory)
-        return Checkpoint(path, "state dict", _prepare(module))
+        notes = fill(module, state, architecture.factory)
+        return Checkpoint(path, "state dict", _prepare(module), notes=notes)
     notes = []
     module = build_stack(state)
     if any(isinstance(layer, nn.BatchNorm1d) for layer in module):
         notes.append("assumed BatchNorm's default eps of 1e-5, which a state dict does not hold")
+    if any(value.dtype == torch.float64 for value in state.values()):
+        notes.append("converted the weights from float64 to float32")
     return Checkpoint(path, "inferred stack", _prepare(module), notes=notes)
 
 
@@ -177,17 +168,22 @@ def _prepare(module: nn.Module) -> nn.Module:
     return module
 
 
-def _check_tables(checkpoint: Checkpoint) -> None:
-    """Refuses tables that no runtime could evaluate, and grids that are not the operator's."""
+def _check_values(checkpoint: Checkpoint) -> None:
+    """Refuses weights that no runtime could compute with, and grids that are not the operator's."""
     state = checkpoint.module.state_dict()
-    tables = {key: value for key, value in state.items() if key.split(".")[-1] == "func_parameter"}
-    for key, table in tables.items():
-        if not torch.isfinite(table).all():
-            count = int((~torch.isfinite(table)).sum())
+    # Other buffers may well hold infinities, such as masks.
+    statistics = {key: v for key, v in state.items() if key.split(".")[-1] in ("running_mean", "running_var")}
+    tables = {key: v for key, v in state.items() if key.split(".")[-1] == "func_parameter"}
+    for key, value in (dict(checkpoint.module.named_parameters()) | statistics | tables).items():
+        if value.dtype.is_floating_point and value.dtype.itemsize > 1 and not torch.isfinite(value).all():
+            count = int((~torch.isfinite(value)).sum())
             raise CheckpointError(
                 f"expected finite values in {key}, found {count} NaN or infinite ones in {checkpoint.path}; "
                 "the training diverged: use an earlier checkpoint"
             )
+        if key.endswith("running_var") and (value < 0).any():
+            raise CheckpointError(f"expected variances of at least 0 in {key}, found {float(value.min()):g}")
+    for key, table in tables.items():
         num_grids = table.shape[0] - 1
         if num_grids < MIN_NUM_GRIDS:
             raise CheckpointError(
@@ -195,7 +191,10 @@ def _check_tables(checkpoint: Checkpoint) -> None:
             )
         borders = state.get(key.removesuffix("func_parameter") + "borders")
         expected = torch.from_numpy(grid_points(num_grids))
-        if borders is not None and not torch.allclose(borders.double(), expected, rtol=1e-2, atol=1e-3):
+        if borders is not None and not (
+            borders.shape == expected.shape
+            and torch.allclose(borders.double(), expected, rtol=1e-2, atol=1e-3)
+        ):
             raise CheckpointError(
                 f"expected the operator's grid of {num_grids} cells in {key.removesuffix('func_parameter')}"
                 f"borders, found other points; tables trained on another grid can't be exported"

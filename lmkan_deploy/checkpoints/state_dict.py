@@ -3,43 +3,116 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lmkan_deploy.errors import CheckpointError
 from lmkan_deploy.nn import LMKAN2DLayer
-
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-"""Keys under which training scripts commonly put the state dict."""
+from lmkan_deploy.spec import MIN_NUM_GRIDS
 
 _PREFIXES = ("module.", "_orig_mod.")
 """Put before every key by DistributedDataParallel and by torch.compile."""
 
+_DEPTH = 3
+"""How many dicts deep a state dict may lie."""
 
-def unwrap(content: Any) -> dict[str, Tensor] | None:
-    """The state dict in a checkpoint's content, or None when there is none."""
-    if not isinstance(content, Mapping):
-        return None
-    for key in _WRAPPERS:
-        if isinstance(content.get(key), Mapping):
-            return unwrap(content[key])
-    if not content or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        return None
-    state = dict(content)
+_TABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    """The one state dict in a checkpoint's content: itself, or in dicts that a training script put around it.
+
+    Args:
+        content: What the file holds.
+        path: The file, for messages.
+
+    Raises:
+        CheckpointError: There is none, there are several, or one holds tensors that can't be read.
+    """
+    found = list(_state_dicts(content, ()))
+    # Beside the network, scripts save other tensors by name, such as the statistics of the data.
+    found = [(keys, state) for keys, state in found if any(map(_is_table, state))] or found
+    if len(found) > 1:
+        places = ", ".join(".".join(keys) for keys, _ in found[:5])
+        raise CheckpointError(
+            f"expected one state dict in {path}, found several, under {places}; save the one to export alone"
+        )
+    if not found:
+        raise CheckpointError(f"expected a state dict or a module in {path}, found {_described(content)}")
+    state = dict(found[0][1])
+    for key, value in state.items():
+        _check_readable(key, value)
     while any(all(key.startswith(prefix) for key in state) for prefix in _PREFIXES):
         state = {key.split(".", 1)[1]: value for key, value in state.items()}
     return state
 
 
-def fill(module: nn.Module, state: dict[str, Tensor], factory: str) -> None:
+def _state_dicts(
+    content: Any, keys: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, Tensor]]]:
+    """Every state dict inside a checkpoint's content, with the keys that lead to it."""
+    if not isinstance(content, Mapping) or not content or not all(isinstance(key, str) for key in content):
+        return
+    if all(isinstance(value, Tensor) for value in content.values()):
+        yield keys, content
+    elif len(keys) < _DEPTH:
+        for key, value in content.items():
+            yield from _state_dicts(value, (*keys, key))
+
+
+def _is_table(key: str) -> bool:
+    return key.split(".")[-1] == "func_parameter"
+
+
+def _described(content: Any) -> str:
+    found = f"a {type(content).__name__}"
+    if not isinstance(content, Mapping):
+        return found
+    if not content:
+        return f"{found} without keys"
+    if any(isinstance(value, Tensor) for value in content.values()):
+        for key, value in content.items():
+            if not isinstance(key, str):
+                return f"the key {key!r} of type {type(key).__name__}"
+            if not isinstance(value, Tensor):
+                return f"{key!r} of type {type(value).__name__} beside tensors; save model.state_dict() alone"
+    return f"{found} with the keys {', '.join(map(repr, list(content)[:5]))}"
+
+
+def _check_readable(key: str, value: Tensor) -> None:
+    found = None
+    if value.is_meta:
+        found = "one without data, of the meta device"
+    elif value.layout != torch.strided:
+        found = f"a {str(value.layout).removeprefix('torch.')} one"
+    elif value.is_quantized:
+        found = "a quantized one"
+    elif _is_table(key) and value.dtype not in (*_TABLE_DTYPES, torch.float64):
+        found = f"one of {str(value.dtype).removeprefix('torch.')}"
+    if found is not None:
+        raise CheckpointError(
+            f"expected {key} as a dense tensor of {'floating point' if _is_table(key) else 'numbers'}, "
+            f"found {found}; save the state dict of the trained network itself"
+        )
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], factory: str) -> list[str]:
     """Loads a state dict into a network.
+
+    Its keys may lie under the name that the network had in another module: `model.` of a LightningModule.
+
+    Returns:
+        Notes for the user.
 
     Raises:
         CheckpointError: Keys or shapes don't fit; the message names the first of them.
     """
     own = module.state_dict()
+    state, notes = _select(state, own, factory)
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     reshaped = [
@@ -60,25 +133,56 @@ def fill(module: nn.Module, state: dict[str, Tensor], factory: str) -> None:
         raise CheckpointError(
             f"the state dict does not fit {factory}; {'; '.join(problems)}; check --arch and --arch-args"
         )
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"the state dict does not fit {factory}: {one_line(error)}") from error
+    return notes
+
+
+def _select(
+    state: dict[str, Tensor], own: Mapping[str, Tensor], factory: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The entries of a network inside the state of a larger module, under the network's own keys."""
+    if not own or state.keys() == own.keys():
+        return state, []
+    # torch.compile of a part puts its prefix inside the keys; the network may or may not be compiled now.
+    plain = {key.replace("_orig_mod.", ""): key for key in own}
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    first = next(iter(plain))
+    prefixes = [key.removesuffix(first) for key in state if key == first or key.endswith(f".{first}")]
+    fitting = [p for p in prefixes if {k for k in state if k.startswith(p)} == {p + k for k in plain}]
+    if len(fitting) > 1:
+        raise CheckpointError(
+            f"expected one set of weights for {factory}, found several, under {', '.join(fitting)}; save the "
+            "one to export alone"
+        )
+    if not fitting:
+        return {plain.get(key, key): value for key, value in state.items()}, []
+    prefix = fitting[0]
+    others = [key for key in state if not key.startswith(prefix)]
+    notes = [f"left out {len(others)} entries outside {prefix}, such as {others[0]}"] if others else []
+    return {own_key: state[prefix + key] for key, own_key in plain.items()}, notes
 
 
 def build_stack(state: dict[str, Tensor]) -> nn.Sequential:
     """Builds the `nn.Sequential` of lookup and BatchNorm layers that a state dict alone determines.
+
+    It computes in float32 where the state is float64, which the operator does not have.
 
     Raises:
         CheckpointError: The keys are not those of such a stack.
     """
     groups: dict[int, dict[str, Tensor]] = {}
     for key, value in state.items():
-        match = re.fullmatch(r"(\d+)\.([a-z_]+)", key)
+        match = re.fullmatch(r"(\d{1,9})\.([a-z_]+)", key)
         if match is None:
             raise _not_a_stack(f"found the key {key!r}")
         groups.setdefault(int(match[1]), {})[match[2]] = value
-    if sorted(groups) != list(range(len(groups))):
-        absent = min(set(range(max(groups))) - set(groups), default=0)
+    absent = next(index for index in range(len(groups) + 1) if index not in groups)
+    if absent < len(groups):
         raise _not_a_stack(f"found no state of layer {absent}, so what it computes is unknown")
-    stack = nn.Sequential(*(_build_layer(index, groups[index]) for index in sorted(groups)))
+    stack = nn.Sequential(*(_build_layer(index, groups[index]) for index in range(len(groups))))
     _check_widths(stack)
     return stack
 
@@ -86,7 +190,7 @@ def build_stack(state: dict[str, Tensor]) -> nn.Sequential:
 def _build_layer(index: int, state: dict[str, Tensor]) -> nn.Module:
     names = set(state)
     if names == {"func_parameter", "borders"}:
-        layer: nn.Module = _build_lookup(index, state["func_parameter"])
+        build: Callable[[int, dict[str, Tensor]], nn.Module] = _build_lookup
     elif (
         {"running_mean", "running_var"}
         <= names
@@ -98,21 +202,34 @@ def _build_layer(index: int, state: dict[str, Tensor]) -> nn.Module:
             "bias",
         }
     ):
-        layer = nn.BatchNorm1d(state["running_mean"].numel(), affine="weight" in names)
+        build = _build_norm
     else:
         raise _not_a_stack(f"found layer {index} with {', '.join(sorted(names))}")
-    layer.load_state_dict(state, strict=False)
+    try:
+        layer = build(index, state)
+        layer.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # shapes that contradict each other, or more memory than there is
+        raise CheckpointError(f"could not build layer {index} from its state: {one_line(error)}") from error
     return layer
 
 
-def _build_lookup(index: int, table: Tensor) -> LMKAN2DLayer:
+def _build_lookup(index: int, state: dict[str, Tensor]) -> LMKAN2DLayer:
+    table = state["func_parameter"]
     shape = list(table.shape)
-    if table.dim() != 4 or shape[0] != shape[1] or shape[0] < 4:
+    if table.dim() != 4 or shape[0] != shape[1] or shape[0] <= MIN_NUM_GRIDS or 0 in shape:
         raise CheckpointError(
-            f"expected {index}.func_parameter [G+1, G+1, N_out, N_in/2] with equal grid axes and G >= 3, "
-            f"found {shape}"
+            f"expected {index}.func_parameter [G+1, G+1, N_out, N_in/2] with equal grid axes, G >= "
+            f"{MIN_NUM_GRIDS}, an output and a pair of inputs, found {shape}"
         )
-    return LMKAN2DLayer(shape[0] - 1, 2 * shape[3], shape[2]).to(table.dtype)
+    layer = LMKAN2DLayer(shape[0] - 1, 2 * shape[3], shape[2])
+    return layer.to(table.dtype) if table.dtype in _TABLE_DTYPES else layer
+
+
+def _build_norm(index: int, state: dict[str, Tensor]) -> nn.BatchNorm1d:
+    shape = list(state["running_mean"].shape)
+    if len(shape) != 1 or shape[0] < 1:
+        raise CheckpointError(f"expected {index}.running_mean [N] with N >= 1, found {shape}")
+    return nn.BatchNorm1d(shape[0], affine="weight" in state)
 
 
 def _check_widths(stack: nn.Sequential) -> None:
@@ -133,3 +250,8 @@ def _not_a_stack(found: str) -> CheckpointError:
         f"BatchNorm1d (keys 0.func_parameter, 1.running_mean, ...); {found}; pass the network's class or "
         "factory with --arch module:factory"
     )
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without its line breaks, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +10,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from lmkan_deploy.errors import ModelError
+from lmkan_deploy.staging import output_file, reported, staging_folder
 
 EXTERNAL_DATA_THRESHOLD = 1 << 30
 """Bytes of weights above which they go to a file of their own; one file holds less than 2 GiB."""
@@ -57,46 +56,50 @@ def temporary_model(model: ir.Model, path: Path, *, external_data: bool | None =
 
     Args:
         model: Written as it is.
-        path: Gives the file its name, and the folder its place: on the same file system.
+        path: Gives the file its name, and the folder its place: on the same file system. A link stands for
+            the file it points to.
         external_data: Whether weights go to `<path>.data`; None decides by `EXTERNAL_DATA_THRESHOLD`.
 
     Yields:
         The file, complete and loadable.
 
     Raises:
-        ModelError: The folder does not exist or can't be written.
+        ModelError: The file can't be written.
     """
+    path = output_file(path)
     if external_data is None:
         external_data = initializer_bytes(model) > EXTERNAL_DATA_THRESHOLD
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise ModelError(f"expected a writable folder for {path}, found {error.strerror}") from error
-    try:
+    data = f"{path.name}.data" if external_data else None
+    if data:
+        output_file(path.with_name(data))
+    with staging_folder(path) as folder:
         file = folder / path.name
-        if external_data:
-            ir.save(
-                model, file, external_data=f"{path.name}.data", size_threshold_bytes=_EXTERNAL_TENSOR_BYTES
-            )
-        else:
-            ir.save(model, file)
+        with reported(path):
+            ir.save(model, file, external_data=data, size_threshold_bytes=_EXTERNAL_TENSOR_BYTES)
         yield file
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def staged_model(model: ir.Model, path: Path, *, external_data: bool | None = None) -> Iterator[Path]:
     """Like `temporary_model`, and moves the model to `path` when the block ends without an error."""
+    path = output_file(path)
     with temporary_model(model, path, external_data=external_data) as staged:
         yield staged
-        files = sorted(staged.parent.iterdir(), key=lambda file: file == staged)
-        has_old_data = len(files) == 1 and _refers_to(path, f"{path.name}.data")
-        # The weights first: a model file never refers to data that is not there.
-        for file in files:
-            file.replace(path.parent / file.name)
-        if has_old_data:
-            Path(f"{path}.data").unlink(missing_ok=True)
+        with reported(path):
+            _replace(path, staged.parent)
+
+
+def _replace(path: Path, folder: Path) -> None:
+    """Moves a model and its weights out of a folder."""
+    data = path.with_name(f"{path.name}.data")
+    has_data = (folder / data.name).exists()
+    had_data = not has_data and _refers_to(path, data.name)
+    # The weights first: a model file never refers to data that is not there.
+    if has_data:
+        (folder / data.name).replace(data)
+    (folder / path.name).replace(path)
+    if had_data:
+        data.unlink(missing_ok=True)
 
 
 def _refers_to(path: Path, data: str) -> bool:

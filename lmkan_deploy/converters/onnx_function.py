@@ -1,8 +1,8 @@
-"""LMKAN2D in ONNX: its schema, and the model-local function of standard operators that defines it.
+"""The operators in ONNX: schemas, and the model-local functions of standard operators that define them.
 
-Every exported model carries the function. A runtime that knows the operator (ONNX Runtime with the
-custom-op library, TensorRT with the plugin) runs its own kernel; any other one runs the function, which
-is correct everywhere but gathers rows x pairs x 4 x N_out values.
+Every exported model carries the functions of its operators. A runtime that knows an operator (ONNX Runtime
+with the custom-op library, TensorRT with the plugin) runs its own kernel; any other one runs the function,
+which is correct everywhere but gathers rows x pairs x 4 x N_out values.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ import onnx.parser
 import onnx_ir as ir
 
 from lmkan_deploy.errors import ExportError
-from lmkan_deploy.spec import DOMAIN, OP_TYPE, OPSET_VERSION
+from lmkan_deploy.spec import DOMAIN, OP_TYPE, OPSET_VERSION, QUANTIZED_OP_TYPE
 
 if TYPE_CHECKING:
     from onnx import FunctionProto
 
-_DOC = "Sum over feature pairs of two-dimensional functions on a spline lookup table."
+_DOCS = {
+    OP_TYPE: "Sum over feature pairs of two-dimensional functions on a spline lookup table.",
+    QUANTIZED_OP_TYPE: "LMKAN2D with an int8 table: an entry is its integer times its pair and output's scale.",
+}
+
+_INPUTS = {OP_TYPE: ("x", "table"), QUANTIZED_OP_TYPE: ("x", "table", "scale")}
 
 MIN_OPSET = 18
 """Oldest opset of the standard operators that has all that the function uses."""
@@ -131,7 +136,7 @@ _FUNCTION_BODY = """
   flat_shape = Concat <axis = 0> (list_minus_1, list_outputs)
   flat_table = Reshape (table, flat_shape)
   corners_stored = Gather (flat_table, rows)
-  corners = Cast <to = 1> (corners_stored)
+  $CORNERS
   sums = MatMul (weights, corners)
   leading_shape = Shape <start = 0, end = -1> (x)
   y_shape = Concat <axis = 0> (leading_shape, list_outputs)
@@ -141,36 +146,63 @@ _FUNCTION_BODY = """
 """
 
 
+_CORNERS = {
+    OP_TYPE: "corners = Cast <to = 1> (corners_stored)",
+    QUANTIZED_OP_TYPE: """
+  integers_flat = Cast <to = 1> (corners_stored)
+  integers_shape = Concat <axis = 0> (list_minus_1, list_pairs, list_4, list_outputs)
+  integers = Reshape (integers_flat, integers_shape)
+  scale_by_pair = Unsqueeze (scale, list_1)
+  corners_by_pair = Mul (integers, scale_by_pair)
+  corners_shape = Concat <axis = 0> (list_minus_1, list_corners, list_outputs)
+  corners = Reshape (corners_by_pair, corners_shape)""",
+}
+
+
 @functools.cache
-def function_proto(opset: int) -> FunctionProto:
-    """The function, with the plugin attributes declared so that checkers accept them on nodes.
+def function_proto(opset: int, op_type: str = OP_TYPE) -> FunctionProto:
+    """The function of an operator, with the plugin attributes declared so that checkers accept them on nodes.
 
     Args:
         opset: Version of the standard operators, which must be that of the model around it.
+        op_type: `LMKAN2D` or `LMKAN2DQuantized`.
 
     Raises:
         ExportError: The version is older than `MIN_OPSET`.
     """
     if opset < MIN_OPSET:
         raise ExportError(f"expected ONNX opset {MIN_OPSET} or later, found {opset}; export with a later one")
-    header = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{OP_TYPE} (x, table) => (y)'
-    function = onnx.parser.parse_function(header + _FUNCTION_BODY)
+    inputs = ", ".join(_INPUTS[op_type])
+    header = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{op_type} ({inputs}) => (y)'
+    function = onnx.parser.parse_function(header + _FUNCTION_BODY.replace("$CORNERS", _CORNERS[op_type]))
     function.attribute.extend(PLUGIN_ATTRIBUTES)
-    function.doc_string = _DOC
+    function.doc_string = _DOCS[op_type]
     return function
 
 
 def attach_function(model: ir.Model) -> None:
-    """Adds (or replaces) the function of a model that has `LMKAN2D` nodes, with its opset imports.
+    """Adds (or replaces) the functions of the operators that a model uses, with their opset imports.
 
-    A model without such nodes loses a function that it may have had.
+    Functions of operators that it does not use are removed. Nodes inside of other functions count as well.
     """
-    uses_operator = any(is_lookup(node) for node in model.graph.all_nodes())
-    key = (DOMAIN, OP_TYPE, "")
-    model.functions.pop(key, None)
-    if uses_operator:
-        model.functions[key] = ir.serde.deserialize_function(function_proto(model.opset_imports[""]))
-        model.graph.opset_imports[DOMAIN] = OPSET_VERSION
+    for op_type in (OP_TYPE, QUANTIZED_OP_TYPE):
+        model.functions.pop((DOMAIN, op_type, ""), None)
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    # A graph without standard operators need not import them, but the functions must agree on a version.
+    opset = next((graph.opset_imports[""] for graph in graphs if "" in graph.opset_imports), MIN_OPSET)
+    for op_type in (OP_TYPE, QUANTIZED_OP_TYPE):
+        users = [
+            graph
+            for graph in graphs
+            if any((node.domain, node.op_type) == (DOMAIN, op_type) for node in graph.all_nodes())
+        ]
+        if not users:
+            continue
+        function = ir.serde.deserialize_function(function_proto(opset, op_type))
+        model.functions[DOMAIN, op_type, ""] = function
+        model.graph.opset_imports.setdefault("", opset)
+        for graph in (model.graph, *users):
+            graph.opset_imports[DOMAIN] = OPSET_VERSION
 
 
 def is_lookup(node: ir.Node) -> bool:
@@ -178,27 +210,39 @@ def is_lookup(node: ir.Node) -> bool:
     return (node.domain, node.op_type) == (DOMAIN, OP_TYPE)
 
 
+def is_quantized_lookup(node: ir.Node) -> bool:
+    """Whether a node is an `LMKAN2DQuantized`."""
+    return (node.domain, node.op_type) == (DOMAIN, QUANTIZED_OP_TYPE)
+
+
 @functools.cache
-def operator_schema() -> onnx.defs.OpSchema:
-    """The operator's schema; the first call registers it with onnx, as exporters and checkers need."""
+def operator_schema(op_type: str = OP_TYPE) -> onnx.defs.OpSchema:
+    """An operator's schema; the first call registers it with onnx, as exporters and checkers need."""
     schema = onnx.defs.OpSchema
     floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+    x = schema.FormalParameter("x", "T", "features, [..., N_in]")
+    table_shape = "[N_in / 2, G + 1, G + 1, N_out]"
+    tables = {
+        OP_TYPE: [schema.FormalParameter("table", "W", table_shape)],
+        QUANTIZED_OP_TYPE: [
+            schema.FormalParameter("table", "tensor(int8)", table_shape),
+            schema.FormalParameter("scale", "tensor(float)", "[N_in / 2, N_out]"),
+        ],
+    }
+    constraints = [("T", floats, "features"), ("W", floats, "tables")]
     result = schema(
-        OP_TYPE,
+        op_type,
         DOMAIN,
         OPSET_VERSION,
-        doc=_DOC,
-        inputs=[
-            schema.FormalParameter("x", "T", "features, [..., N_in]"),
-            schema.FormalParameter("table", "W", "[N_in / 2, G + 1, G + 1, N_out]"),
-        ],
+        doc=_DOCS[op_type],
+        inputs=[x, *tables[op_type]],
         outputs=[schema.FormalParameter("y", "T", "[..., N_out]")],
-        type_constraints=[("T", floats, "features"), ("W", floats, "tables")],
+        type_constraints=constraints if op_type == OP_TYPE else constraints[:1],
         attributes=[
             schema.Attribute(name, onnx.helper.make_attribute(name, value), "for TensorRT's parser")
             for name, value in PLUGIN_ATTRIBUTES.items()
         ],
     )
-    if not onnx.defs.has(OP_TYPE, DOMAIN):
+    if not onnx.defs.has(op_type, DOMAIN):
         onnx.defs.register_schema(result)
     return result

@@ -1,51 +1,105 @@
-"""Tables in fewer bits: half the memory and traffic for a rounding of each entry."""
+"""Tables in fewer bits: less memory and traffic for a rounding of each entry."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from lmkan_deploy.converters.passes.base import Outcome, float32_table, lookups, name_of, replace_table
+from lmkan_deploy.converters.onnx_function import attach_function, is_quantized_lookup
+from lmkan_deploy.converters.passes.base import (
+    Outcome,
+    add_constant,
+    constant,
+    float32_table,
+    lookups,
+    name_of,
+    replace_table,
+)
+from lmkan_deploy.converters.quantize import quantize_table
 from lmkan_deploy.errors import ExportError
+from lmkan_deploy.reference import dequantize_table
+from lmkan_deploy.spec import OP_TYPE, QUANTIZED_OP_TYPE, TABLE_DTYPES, TableDtype
 
-TableDtype = Literal["float32", "float16", "bfloat16"]
-"""Element type of the tables; activations, positions and sums are not affected."""
-
-_NUMPY = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_HALVES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def narrow_tables(model: ir.Model, dtype: TableDtype) -> Outcome:
-    """Rounds every constant float32 table to another type, to nearest even.
+def narrow_tables(
+    model: ir.Model,
+    dtypes: TableDtype | Sequence[TableDtype],
+    importances: Sequence[NDArray[np.float64]] | None = None,
+) -> Outcome:
+    """Rounds constant float32 tables to another type, to nearest even.
 
     Args:
-        model: Changed in place.
-        dtype: The type; float32 changes nothing.
+        model: Changed in place. Nodes with an int8 table become `LMKAN2DQuantized`.
+        dtypes: One type for all tables, or one for each node of `lookups`; float32 changes nothing.
+        importances: For int8, the weight of each entry's error, one array for each node of `lookups`; see
+            `quantize_table`.
 
     Returns:
         What was narrowed; refused are tables with entries beyond the type's range.
 
     Raises:
-        ExportError: The type is unknown.
+        ExportError: A type is unknown.
     """
-    if dtype not in get_args(TableDtype):
-        raise ExportError(f"expected a table type of {', '.join(get_args(TableDtype))}, found {dtype!r}")
+    nodes = list(lookups(model))
+    chosen = [dtypes] * len(nodes) if isinstance(dtypes, str) else list(dtypes)
+    for dtype in {dtypes} if isinstance(dtypes, str) else set(chosen):
+        if dtype not in TABLE_DTYPES:
+            raise ExportError(f"expected a table type of {', '.join(TABLE_DTYPES)}, found {dtype!r}")
     outcome = Outcome()
-    if dtype == "float32":
-        return outcome
-    for node in lookups(model):
+    for index, (node, dtype) in enumerate(zip(nodes, chosen, strict=True)):
         table = float32_table(node)
-        if table is None:
+        if table is None or dtype == "float32":
             continue
-        largest = float(np.abs(table).max())
-        limit = float(ml_dtypes.finfo(_NUMPY[dtype]).max)  # type: ignore[no-untyped-call]
-        if largest > limit:
-            outcome.refused.append(
-                f"{name_of(node)}: its largest entry, {largest:.3g}, is beyond {limit:.3g}"
-            )
+        if dtype == "int8":
+            _quantize(model.graph, node, table, None if importances is None else importances[index])
+        elif not _round(model.graph, node, table, dtype, outcome):
             continue
-        replace_table(model.graph, node, table.astype(_NUMPY[dtype]))
         outcome.applied.append(name_of(node))
+    attach_function(model)
     return outcome
+
+
+def _round(
+    graph: ir.Graph, node: ir.Node, table: NDArray[np.float32], dtype: TableDtype, outcome: Outcome
+) -> bool:
+    largest = float(np.abs(table).max())
+    limit = float(ml_dtypes.finfo(_HALVES[dtype]).max)  # type: ignore[no-untyped-call]
+    if largest > limit:
+        outcome.refused.append(f"{name_of(node)}: its largest entry, {largest:.3g}, is beyond {limit:.3g}")
+        return False
+    replace_table(graph, node, table.astype(_HALVES[dtype]))
+    return True
+
+
+def _quantize(
+    graph: ir.Graph, node: ir.Node, table: NDArray[np.float32], importance: NDArray[np.float64] | None
+) -> None:
+    quantized, scale = quantize_table(table, importance)
+    replace_table(graph, node, quantized)
+    value = add_constant(graph, f"{name_of(node)}.scale", scale)
+    node.resize_inputs(3)
+    node.replace_input_with(2, value)
+    node.op_type = QUANTIZED_OP_TYPE
+
+
+def dequantize_tables(model: ir.Model) -> None:
+    """Turns `LMKAN2DQuantized` nodes with constant tables into `LMKAN2D` nodes with the float32 tables that
+    they stand for, where a runtime takes no int8 constants.
+
+    Args:
+        model: Changed in place.
+    """
+    for node in [node for node in model.graph if is_quantized_lookup(node)]:
+        table, scale = constant(node.inputs[1]), constant(node.inputs[2])
+        if table is None or scale is None:
+            continue
+        replace_table(model.graph, node, dequantize_table(table, scale).astype(np.float32))
+        node.resize_inputs(2)
+        node.op_type = OP_TYPE
+    attach_function(model)

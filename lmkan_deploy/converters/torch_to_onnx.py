@@ -8,14 +8,14 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import nn
 
-from lmkan_deploy.checkpoints.input_shapes import example_inputs
+from lmkan_deploy.checkpoints.input_shapes import call_arguments, example_inputs
 from lmkan_deploy.converters.onnx_function import (
     PLUGIN_ATTRIBUTES,
     is_lookup,
@@ -23,6 +23,8 @@ from lmkan_deploy.converters.onnx_function import (
 )
 from lmkan_deploy.converters.passes import PASSES, optimize
 from lmkan_deploy.converters.passes.base import Pass
+from lmkan_deploy.converters.trace_errors import describe
+from lmkan_deploy.converters.trial import check_call, check_outputs
 from lmkan_deploy.converters.unfold import simplify_unfold
 from lmkan_deploy.errors import ExportError
 from lmkan_deploy.runtime.tensors import TensorSpec
@@ -32,7 +34,9 @@ DEFAULT_OPSET = 20
 """The newest opset that ONNX Runtime 1.17 and TensorRT 10 both read."""
 
 _TRACE_SIZE = 4
-"""Size of the free axes while tracing; 0 and 1 are special to PyTorch."""
+"""Size of the first free axis while tracing; the others have its multiples, lest PyTorch take two for one.
+0 and 1 are special to it.
+"""
 
 
 def to_onnx(
@@ -54,19 +58,30 @@ def to_onnx(
         The model, with passes applied and the operator's function attached.
 
     Raises:
-        ExportError: The network can't be traced, or uses an operator that ONNX lacks.
+        ExportError: The network can't be called or traced, changes its state, draws random numbers, returns
+            something else than tensors, or uses an operator that ONNX lacks.
     """
-    dims = {name: torch.export.Dim(name) for spec in inputs for name in spec.shape if isinstance(name, str)}
-    dynamic = tuple(
+    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+        raise ExportError(
+            "expected a network of Python modules, found a TorchScript one; leave out torch.jit"
+        )
+    free = dict.fromkeys(size for spec in inputs for size in spec.shape if isinstance(size, str))
+    sizes = {name: _TRACE_SIZE * (index + 1) for index, name in enumerate(free)}
+    dims = {name: torch.export.Dim(name) for name in free}
+    dynamic = [
         {axis: dims[name] for axis, name in enumerate(spec.shape) if isinstance(name, str)} for spec in inputs
-    )
-    examples = example_inputs(inputs, _TRACE_SIZE)
-    try:
-        with _quiet():
-            # By position and under its own argument's tree, since forward may take *args or defaults.
-            program = torch.export.export(module, examples, dynamic_shapes=_by_parameter(module, dynamic))
-    except Exception as error:  # tracing runs the user's code, which may raise anything
-        raise ExportError(f"PyTorch could not trace the network: {_first_lines(error)}") from error
+    ]
+    names = [spec.name for spec in inputs]
+    args, kwargs = call_arguments(module, names, example_inputs(inputs, sizes))
+    dynamic_args, dynamic_kwargs = call_arguments(module, names, dynamic)
+    # By parameter, since forward may take *args, and has defaults for what is no input.
+    shapes = inspect.signature(module.forward).bind(*dynamic_args, **dynamic_kwargs).arguments
+    with _quiet():
+        check_call(module, args, kwargs)
+        try:
+            program = torch.export.export(module, args, kwargs, dynamic_shapes=dict(shapes))
+        except Exception as error:  # tracing runs the user's code, which may raise anything
+            raise ExportError(f"PyTorch could not trace the network: {describe(error)}") from error
     return program_to_onnx(program, inputs, opset=opset, passes=passes)
 
 
@@ -88,6 +103,7 @@ def program_to_onnx(
     Raises:
         ExportError: It uses an operator that ONNX lacks.
     """
+    _check_program(program)
     translation = {torch.ops.lmkan.lookup2d.default: _translation()}
     try:
         with _quiet():
@@ -100,11 +116,13 @@ def program_to_onnx(
                 verbose=False,
             )
     except Exception as error:  # the exporter wraps whatever its many parts raise
-        raise ExportError(f"PyTorch could not export the network to ONNX: {_first_lines(error)}") from error
+        raise ExportError(
+            f"PyTorch could not export the network to ONNX: {describe(error, program)}"
+        ) from error
     assert onnx_program is not None
     model = onnx_program.model
     _name_free_axes(model, inputs)
-    _name_outputs(model)
+    _name_outputs(model, program)
     _name_lookups(model)
     _drop_trace_metadata(model)
     optimize(model, passes)
@@ -125,12 +143,30 @@ def _translation() -> Any:
     return lookup2d
 
 
-def _by_parameter(module: nn.Module, dynamic: tuple[dict[int, Any], ...]) -> Any:
-    """The exporter wants the shapes of *args as one nested tuple."""
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    if parameters and parameters[0].kind == parameters[0].VAR_POSITIONAL:
-        return (dynamic,)
-    return dynamic
+def _check_program(program: torch.export.ExportedProgram) -> None:
+    """Refuses what has no form in ONNX."""
+    check_outputs(
+        [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in _results(program)]
+    )
+    # Blocks such as torch.no_grad are graphs of their own.
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    for node in (node for graph in graphs for node in graph.nodes):
+        if node.target is torch.ops.lmkan.lookup2d.default:
+            for argument, what in zip(node.args, ("an input", "a table"), strict=True):
+                dtype = argument.meta["val"].dtype
+                if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                    raise ExportError(
+                        "expected lookup layers of float32, float16 or bfloat16, found one with "
+                        f"{what} of type {str(dtype).removeprefix('torch.')}; convert the network with "
+                        "model.float(), and say --input-shape ...:float32"
+                    )
+
+
+def _results(program: torch.export.ExportedProgram) -> list[Any]:
+    """What a program returns: nodes, and constants such as None."""
+    returned = list(program.graph.output_node().args[0])
+    changes = len(program.graph_signature.output_specs) - len(program.graph_signature.user_outputs)
+    return returned[changes:]
 
 
 def _name_free_axes(model: ir.Model, inputs: Sequence[TensorSpec]) -> None:
@@ -154,14 +190,34 @@ def _name_free_axes(model: ir.Model, inputs: Sequence[TensorSpec]) -> None:
             value.shape = ir.Shape([renamed(dim) for dim in value.shape])
 
 
-def _name_outputs(model: ir.Model) -> None:
-    taken = {value.name for value in model.graph.inputs}
-    base = "output" if "y" in taken else "y"
+def _name_outputs(model: ir.Model, program: torch.export.ExportedProgram) -> None:
+    """Names outputs after the keys of a dict, or y, or y0, y1, ..."""
+    inputs = {value.name for value in model.graph.inputs}
     outputs = model.graph.outputs
-    for index, value in enumerate(outputs):
-        if value.is_graph_input() or value.is_initializer():
-            continue
-        value.name = base if len(outputs) == 1 else f"{base}{index}"
+    names = _keys(program)
+    if len(names) != len(outputs) or inputs & set(names):
+        base = "output" if "y" in inputs else "y"
+        names = [base] if len(outputs) == 1 else [f"{base}{index}" for index in range(len(outputs))]
+    others = [value for node in model.graph.all_nodes() for value in node.outputs]
+    for value in (*others, *model.graph.initializers.values()):
+        if value.name in names:
+            value.name = f"{value.name}_inner"
+    for value, name in zip(outputs, names, strict=True):
+        if not value.is_graph_input() and not value.is_initializer():
+            value.name = name
+
+
+def _keys(program: torch.export.ExportedProgram) -> list[str]:
+    """Keys of the dict that a network returns; none where it returns something else."""
+    structure = program.call_spec.out_spec
+    if structure is None:
+        return []
+    tree = torch.utils._pytree.tree_unflatten(_results(program), structure)
+    if not isinstance(tree, Mapping) or not all(str(key).isidentifier() for key in tree):
+        return []
+    if any(isinstance(value, Mapping | Sequence) for value in tree.values()):
+        return []
+    return [str(key) for key, value in tree.items() if value is not None]
 
 
 def _name_lookups(model: ir.Model) -> None:
@@ -199,21 +255,21 @@ def _drop_trace_metadata(model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Holds back what the exporter prints and warns about its own internals."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Holds back what the network prints, and what the exporter prints, logs and warns about its own internals;
+    not where debug messages of `lmkan_deploy` are wanted.
+    """
+    if logging.getLogger("lmkan_deploy").isEnabledFor(logging.DEBUG):
+        yield
+        return
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
-
-
-def _first_lines(error: Exception) -> str:
-    """The innermost cause's first lines: the exporter wraps errors several times."""
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:3])}"
+        logging.disable(disabled)

@@ -18,12 +18,16 @@ import lmkan_deploy
 from lmkan_deploy.errors import LibraryError
 from lmkan_deploy.version import __version__
 
-LibraryName = Literal["cpu", "onnxruntime"]
-"""``cpu``: the C interface of ``lmkan/lookup2d.h``; ``onnxruntime``: custom operators for its CPU provider."""
+LibraryName = Literal["cpu", "onnxruntime", "cuda", "onnxruntime-cuda", "tensorrt"]
+"""``cpu``, ``cuda``: the C interfaces of ``lmkan/lookup2d.h`` and ``lookup2d_cuda.h``; ``onnxruntime``: custom
+operators for its CPU provider; ``onnxruntime-cuda``: the same and those for its CUDA provider; ``tensorrt``: the
+plugin."""
+
+_NEEDS_CUDA = ("cuda", "onnxruntime-cuda", "tensorrt")
 
 ENVIRONMENT_VARIABLE = "LMKAN_DEPLOY_LIBRARY_DIR"
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """``LMKAN_ABI_VERSION`` of ``plugins/include/lmkan/lookup2d.h``."""
 
 
@@ -42,12 +46,14 @@ def get_library_path(name: LibraryName = "onnxruntime") -> Path:
     """
     if name not in get_args(LibraryName):
         raise LibraryError(f"expected a library of {', '.join(get_args(LibraryName))}, found {name!r}")
-    path = _find(f"liblmkan_{name}.so")
-    _check_release(path)
+    path = _find(name)
+    if name != "tensorrt":  # which exports what TensorRT looks for, and nothing else
+        _check_release(path)
     return path
 
 
-def _find(file_name: str) -> Path:
+def _find(name: LibraryName) -> Path:
+    file_name = f"liblmkan_{name.replace('-', '_')}.so"
     override = os.environ.get(ENVIRONMENT_VARIABLE)
     if override:
         folders = [Path(override)]
@@ -58,9 +64,14 @@ def _find(file_name: str) -> Path:
         if (folder / file_name).is_file():
             return (folder / file_name).resolve()
     searched = ", ".join(str(folder) for folder in folders)
+    fix = (
+        "install lmkan-deploy where CUDA's compiler is, with -C cmake.define.LMKAN_BUILD_CUDA=ON "
+        "-C cmake.define.LMKAN_BUILD_TENSORRT=ON"
+        if name in _NEEDS_CUDA
+        else "install lmkan-deploy from a wheel, or run `make setup` in a checkout"
+    )
     raise LibraryError(
-        f"expected {file_name} in {searched}, found none; install lmkan-deploy from a wheel, or run "
-        f"`make setup` in a checkout, or set {ENVIRONMENT_VARIABLE}"
+        f"expected {file_name} in {searched}, found none; {fix}, or set {ENVIRONMENT_VARIABLE}"
     )
 
 

@@ -25,6 +25,7 @@ class Dtype(IntEnum):
     FLOAT32 = 0
     FLOAT16 = 1
     BFLOAT16 = 2
+    INT8 = 3
 
 
 class Ownership(IntEnum):
@@ -54,6 +55,7 @@ class _TableDesc(ctypes.Structure):
         ("num_pairs", ctypes.c_int64),
         ("num_grids", ctypes.c_int64),
         ("num_outputs", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
     )
 
 
@@ -101,10 +103,11 @@ class CpuTable:
 
     Args:
         data: Address of the table, [num_pairs, num_grids + 1, num_grids + 1, num_outputs], contiguous.
-        dtype: Its element type.
+        dtype: Its element type. An int8 entry is its integer times the scale of its pair and output.
         num_pairs: P = N_in / 2.
         num_grids: G, at least 3.
         num_outputs: N_out.
+        scales: Address of the scales of an int8 table, [num_pairs, num_outputs] float32, contiguous.
         ownership: BORROW keeps reading `data`, which must then outlive this object.
         isa: Instruction set, AUTO for the best one.
 
@@ -120,11 +123,12 @@ class CpuTable:
         num_grids: int,
         num_outputs: int,
         *,
+        scales: int | None = None,
         ownership: Ownership = Ownership.COPY,
         isa: Isa = Isa.AUTO,
     ) -> None:
         self._handle = ctypes.c_void_p()
-        desc = _TableDesc(data, dtype, num_pairs, num_grids, num_outputs)
+        desc = _TableDesc(data, dtype, num_pairs, num_grids, num_outputs, scales)
         message = ctypes.create_string_buffer(_MESSAGE_SIZE)
         status = _library().lmkan_cpu_table_create(
             ctypes.byref(desc), ownership, isa, ctypes.byref(self._handle), message, _MESSAGE_SIZE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,34 +35,47 @@ _BFLOAT16 = 16
 """onnx.TensorProto.BFLOAT16, without importing onnx."""
 
 
-def register_custom_ops(options: onnxruntime.SessionOptions) -> None:
-    """Makes a session run `LMKAN2D` nodes with the compiled kernel.
+def register_custom_ops(options: onnxruntime.SessionOptions, *, cuda: bool = False) -> None:
+    """Makes a session run `LMKAN2D` and `LMKAN2DQuantized` nodes with the compiled kernels.
 
     Args:
         options: Passed to `onnxruntime.InferenceSession` afterwards; any number of sessions may share them.
+        cuda: Whether the CUDA provider gets the operators too.
 
     Raises:
         LibraryError: The native library is missing or of another release.
     """
-    options.register_custom_ops_library(str(get_library_path("onnxruntime")))
+    options.register_custom_ops_library(str(get_library_path("onnxruntime-cuda" if cuda else "onnxruntime")))
+
+
+_CUDA = "CUDAExecutionProvider"
 
 
 class OnnxRuntimeRunner:
-    """A model in one ONNX Runtime session on the CPU.
+    """A model in one ONNX Runtime session.
 
     Args:
         path: An ONNX file.
         custom_ops: Whether to run `LMKAN2D` nodes with the compiled kernel, or with the function that the
             file carries.
         threads: Threads of one call; None leaves the choice to ONNX Runtime.
+        cuda: Whether to run in the CUDA provider, on the first GPU. Inputs and outputs stay in the memory
+            of the host.
 
     Raises:
         ModelError: The file can't be read, or ONNX Runtime refuses it.
-        LibraryError: The native library, or ONNX Runtime itself, is missing.
+        LibraryError: The native library, ONNX Runtime itself, or its CUDA provider is missing.
     """
 
-    def __init__(self, path: Path, *, custom_ops: bool = True, threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, custom_ops: bool = True, threads: int | None = None, cuda: bool = False
+    ) -> None:
         ort = _import_onnxruntime()
+        if cuda and _CUDA not in ort.get_available_providers():
+            raise LibraryError(
+                "expected ONNX Runtime with its CUDA provider, found "
+                f"{', '.join(ort.get_available_providers())}; install lmkan-deploy[gpu] and not [cpu]"
+            )
         if not path.is_file():
             raise ModelError(f"expected an ONNX file, found no file {path}")
         options = ort.SessionOptions()
@@ -70,12 +84,19 @@ class OnnxRuntimeRunner:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
         if custom_ops:
-            register_custom_ops(options)
+            register_custom_ops(options, cuda=cuda)
+        providers = [*([_CUDA] if cuda else []), "CPUExecutionProvider"]
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # pybind exposes a dozen unrelated types
-            raise ModelError(f"ONNX Runtime could not load {path}: {error}") from error
-        self.name = "onnxruntime" if custom_ops else "onnxruntime-function"
+            raise ModelError(_load_problem(path, str(error))) from error
+        # ONNX Runtime goes on without a provider that fails to start.
+        if cuda and _CUDA not in self.session.get_providers():
+            raise LibraryError(
+                "expected a GPU and CUDA's libraries for ONNX Runtime's CUDA provider, which could not start; "
+                "run nvidia-smi to see the GPU, and compare CUDA's release with ONNX Runtime's"
+            )
+        self.name = f"onnxruntime{'' if custom_ops else '-function'}{'-cuda' if cuda else ''}"
         self.inputs = [_spec(value) for value in self.session.get_inputs()]
         self.outputs = [_spec(value) for value in self.session.get_outputs()]
         self._has_bfloat16 = "bfloat16" in {spec.dtype for spec in (*self.inputs, *self.outputs)}
@@ -96,6 +117,17 @@ class OnnxRuntimeRunner:
         values = {name: _to_ort_value(np.ascontiguousarray(array)) for name, array in feeds.items()}
         results = self.session.run_with_ort_values(None, values)
         return {spec.name: _from_ort_value(v, spec) for spec, v in zip(self.outputs, results, strict=True)}
+
+
+def _load_problem(path: Path, message: str) -> str:
+    missing = re.search(r"NOT_IMPLEMENTED.*implementation for (\w+)", message, re.DOTALL)
+    if missing is None:
+        return f"ONNX Runtime could not load {path.name}: {message.replace(str(path), path.name)}"
+    return (
+        f"expected operators that ONNX Runtime has for the CPU, found {missing[1]} with types that it lacks "
+        "there; export model.float(), if need be with --table-dtype, or write the model for another runtime "
+        "with --no-verify"
+    )
 
 
 def _import_onnxruntime() -> Any:

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lmkan_deploy.checkpoints.input_shapes import call_arguments
+from lmkan_deploy.checkpoints.state_dict import one_line
 from lmkan_deploy.errors import InputError
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs, numpy_dtype
 
@@ -34,11 +36,15 @@ class TorchRunner:
         """See `Runner.run`."""
         check_inputs(self.inputs, feeds)
         tensors = [_to_tensor(feeds[spec.name]) for spec in self.inputs]
+        args, kwargs = call_arguments(self.module, [spec.name for spec in self.inputs], tensors)
         try:
             with torch.inference_mode():
-                results = torch.utils._pytree.tree_leaves(self.module(*tensors))
+                leaves = torch.utils._pytree.tree_leaves(self.module(*args, **kwargs))
         except Exception as error:  # the user's network may raise anything
-            raise InputError(f"the PyTorch network failed: {type(error).__name__}: {error}") from error
+            raise InputError(
+                f"the PyTorch network failed: {type(error).__name__}: {one_line(error)}"
+            ) from error
+        results = [leaf for leaf in leaves if leaf is not None]  # an exported model has no output for None
         if len(results) != len(self.outputs):
             raise InputError(f"expected {len(self.outputs)} outputs, found {len(results)}")
         return {spec.name: _to_array(t) for spec, t in zip(self.outputs, results, strict=True)}

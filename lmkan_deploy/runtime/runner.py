@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from lmkan_deploy.errors import ModelError
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec
 
-RuntimeName = Literal["onnxruntime", "onnxruntime-function", "onnx-reference"]
+RuntimeName = Literal["onnxruntime", "onnxruntime-function", "onnxruntime-cuda", "onnx-reference"]
 """``onnxruntime``: compiled operators; ``onnxruntime-function``: the function that the file carries, as in a
-process without the library; ``onnx-reference``: onnx's evaluator in NumPy (slow)."""
+process without the library; ``onnxruntime-cuda``: compiled operators on the GPU; ``onnx-reference``: onnx's
+evaluator in NumPy (slow)."""
 
 
 class Runner(Protocol):
@@ -55,21 +56,31 @@ def load_runner(
     """Loads a model file.
 
     Args:
-        model: An ONNX file.
-        runtime: What to run it with; see `RuntimeName`.
-        threads: Threads of one call; None leaves the choice to the runtime.
+        model: An ONNX file, or a TensorRT engine (.engine) beside its manifest.
+        runtime: What to run an ONNX file with; see `RuntimeName`. An engine has one of its own.
+        threads: Threads of one call on the CPU; None leaves the choice to the runtime.
 
     Raises:
+        EngineError: The engine does not fit this machine.
         ModelError: The file can't be read, or the runtime refuses it.
         LibraryError: The native library is missing or of another release.
     """
     path = Path(model)
+    if path.suffix == ".engine":
+        from lmkan_deploy.engines.runner import EngineRunner
+
+        return EngineRunner(path)
     if runtime == "onnx-reference":
         from lmkan_deploy.runtime.onnx_reference import OnnxReferenceRunner
 
         return OnnxReferenceRunner(path)
-    if runtime in ("onnxruntime", "onnxruntime-function"):
+    if runtime in ("onnxruntime", "onnxruntime-function", "onnxruntime-cuda"):
         from lmkan_deploy.runtime.onnxruntime import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(path, custom_ops=runtime == "onnxruntime", threads=threads)
+        return OnnxRuntimeRunner(
+            path,
+            custom_ops=runtime != "onnxruntime-function",
+            threads=threads,
+            cuda=runtime == "onnxruntime-cuda",
+        )
     raise ModelError(f"expected a runtime of {', '.join(get_args(RuntimeName))}, found {runtime!r}")

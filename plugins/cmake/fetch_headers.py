@@ -4,7 +4,7 @@
 Prints the folder that holds them. A pinned package is downloaded by its registry's own client, its
 hash is checked, only the headers are kept, and the folder appears complete or not at all.
 
-Usage: fetch_headers.py onnxruntime
+Usage: fetch_headers.py onnxruntime|tensorrt
 """
 
 import argparse
@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -42,6 +44,21 @@ PACKAGES = {
         sha256="e59788788818fdde1b2e522e766a21ba0f7d8391de55737abf81e32cc801785d",
         folder="package/Plugins/iOS~/onnxruntime.xcframework/ios-arm64/onnxruntime.framework/Headers",
     ),
+    "tensorrt": HeaderPackage(
+        package="kernel-lens==2.0.1",
+        command=(
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "kernel-lens==2.0.1",
+        ),
+        sha256="07cc714e8b5e7f34b672f7c7fad93febe7c747be5837ba276b1527370134ffe0",
+        folder="kernel_lens/include/tensorrt",
+    ),
 }
 
 
@@ -51,17 +68,30 @@ def cache_folder() -> Path:
     return Path(root) / "lmkan-deploy" / "headers"
 
 
-def extract_headers(archive: Path, folder: str, target: Path) -> int:
-    """Copies the regular files directly in `folder` of the archive to `target`; returns their number."""
-    count = 0
+def files_in(archive: Path, folder: str) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the regular files directly in a folder of a wheel or a compressed tar archive."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            for info in wheel.infolist():
+                name = PurePosixPath(info.filename)
+                if str(name.parent) == folder and not info.is_dir():
+                    yield name.name, wheel.read(info)
+        return
     with tarfile.open(archive) as tar:
         for member in tar:
             name = PurePosixPath(member.name)
-            if member.isfile() and str(name.parent) == folder:
+            if str(name.parent) == folder and member.isfile():
                 source = tar.extractfile(member)
                 assert source is not None
-                (target / name.name).write_bytes(source.read())
-                count += 1
+                yield name.name, source.read()
+
+
+def extract_headers(archive: Path, folder: str, target: Path) -> int:
+    """Copies the regular files directly in `folder` of the archive to `target`; returns their number."""
+    count = 0
+    for name, content in files_in(archive, folder):
+        (target / name).write_bytes(content)
+        count += 1
     return count
 
 

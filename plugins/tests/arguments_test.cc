@@ -69,8 +69,11 @@ void ExpectFailure(const Call& call, lmkan_status expected, const std::string& w
 
 void TestCreate() {
   const Shape shape = {2, 4, 3, 1};
-  const Array data = MakeTable(shape, LMKAN_FLOAT32, 1);
-  const lmkan_table_desc good = {data.data(), LMKAN_FLOAT32, 2, 4, 3};
+  const Table floats = MakeTable(shape, LMKAN_FLOAT32, 1);
+  const Table integers = MakeTable(shape, LMKAN_INT8, 1);
+  const lmkan_table_desc good = {floats.entries.data(), LMKAN_FLOAT32, 2, 4, 3, nullptr};
+  const lmkan_table_desc good_int8 = {integers.entries.data(),  LMKAN_INT8, 2, 4, 3,
+                                      integers.scales_or_null()};
   const auto expect = [](const lmkan_table_desc* desc, lmkan_status status, const std::string& word,
                          const char* label) {
     for (const lmkan_ownership ownership : kOwnerships) {
@@ -120,6 +123,18 @@ void TestCreate() {
   desc.num_pairs = desc.num_outputs = int64_t{1} << 32;
   expect(&desc, LMKAN_INVALID_ARGUMENT, std::to_string(desc.num_pairs), "pairs times outputs");
 
+  desc = good_int8;
+  desc.scales = nullptr;
+  expect(&desc, LMKAN_INVALID_ARGUMENT, "without scales", "no scales for INT8");
+  for (const lmkan_dtype dtype : kXDtypes) {
+    desc = good_int8;
+    desc.dtype = dtype;
+    expect(&desc, LMKAN_INVALID_ARGUMENT, "with scales", "scales for floats");
+  }
+  desc = good_int8;
+  desc.num_pairs = desc.num_outputs = int64_t{1} << 32;
+  expect(&desc, LMKAN_INVALID_ARGUMENT, std::to_string(desc.num_pairs), "too large an INT8 table");
+
   const auto no_place = [&](char* message, size_t size) {
     return lmkan_cpu_table_create(&good, LMKAN_COPY, LMKAN_ISA_AUTO, nullptr, message, size);
   };
@@ -129,26 +144,28 @@ void TestCreate() {
 // More memory than an address space holds, in a size that can be computed.
 void TestOutOfMemory() {
   const float data[1] = {};
-  const lmkan_table_desc desc = {data, LMKAN_FLOAT32, int64_t{1} << 50, 3, 1};
-  const auto call = [&](char* message, size_t size) {
-    auto* table = reinterpret_cast<lmkan_cpu_table*>(uintptr_t{64});
-    const lmkan_status status =
-        lmkan_cpu_table_create(&desc, LMKAN_COPY, LMKAN_ISA_PORTABLE, &table, message, size);
-    LMKAN_EXPECT(table == nullptr, "the handle of a failure");
-    return status;
-  };
-  ExpectFailure(call, LMKAN_OUT_OF_MEMORY, "memory", "a table of 2^56 bytes");
+  for (const lmkan_dtype dtype : kTableDtypes) {
+    const float* scales = dtype == LMKAN_INT8 ? data : nullptr;
+    const lmkan_table_desc desc = {data, dtype, int64_t{1} << 50, 3, 1, scales};
+    const auto call = [&](char* message, size_t size) {
+      auto* table = reinterpret_cast<lmkan_cpu_table*>(uintptr_t{64});
+      const lmkan_status status =
+          lmkan_cpu_table_create(&desc, LMKAN_COPY, LMKAN_ISA_PORTABLE, &table, message, size);
+      LMKAN_EXPECT(table == nullptr, "the handle of a failure");
+      return status;
+    };
+    ExpectFailure(call, LMKAN_OUT_OF_MEMORY, "memory", "a table of 2^54 entries");
+  }
 }
 
-void TestLookup() {
+void TestLookup(lmkan_dtype table_dtype) {
   const Shape shape = {2, 4, 3, 2};
-  const Array data = MakeTable(shape, LMKAN_FLOAT32, 1);
+  const Table data = MakeTable(shape, table_dtype, 1);
   const Array x = MakeX(shape, LMKAN_FLOAT32, 2);
   Array y(LMKAN_FLOAT32, shape.y_size());
   y.Fill(0x55);
   const Array untouched = y;
-  const TableHandle handle =
-      CreateTable(shape, LMKAN_FLOAT32, data.data(), LMKAN_COPY, LMKAN_ISA_AUTO);
+  const TableHandle handle = CreateTable(data, LMKAN_COPY, LMKAN_ISA_AUTO);
   if (handle == nullptr) return;
   const auto expect = [&](const lmkan_cpu_table* table, const void* from, void* to, int64_t rows,
                           int64_t task, int64_t num_tasks, const std::string& word,
@@ -179,13 +196,17 @@ void TestLookup() {
   // With a task a row, the first one stays inside of x and y where this is not refused.
   expect(handle.get(), x.data(), y.data(), kMost, 0, kMost, std::to_string(kMost),
          "more rows than memory can hold");
+  const auto int8_x = [&](char* message, size_t size) {
+    return lmkan_cpu_lookup2d(handle.get(), LMKAN_INT8, x.data(), y.data(), 2, 0, 1, message, size);
+  };
+  ExpectFailure(int8_x, LMKAN_INVALID_ARGUMENT, std::to_string(LMKAN_INT8), "x of INT8");
+  LMKAN_EXPECT(std::memcmp(y.data(), untouched.data(), y.num_bytes()) == 0, "y was written");
 }
 
 void TestNumTasks() {
   const Shape shape = {2, 4, 3, 1};
-  const Array data = MakeTable(shape, LMKAN_FLOAT32, 1);
   const TableHandle handle =
-      CreateTable(shape, LMKAN_FLOAT32, data.data(), LMKAN_COPY, LMKAN_ISA_AUTO);
+      CreateTable(MakeTable(shape, LMKAN_FLOAT32, 1), LMKAN_COPY, LMKAN_ISA_AUTO);
   if (handle == nullptr) return;
   constexpr int32_t kThreads[] = {std::numeric_limits<int32_t>::min(), -1, 0, 1, 2, 64, 1 << 29,
                                   std::numeric_limits<int32_t>::max()};
@@ -219,7 +240,7 @@ int main() {
   using namespace lmkan::test;
   TestCreate();
   TestOutOfMemory();
-  TestLookup();
+  for (const lmkan_dtype table_dtype : kTableDtypes) TestLookup(table_dtype);
   TestNumTasks();
   TestNullHandle();
   TestVersions();

@@ -29,10 +29,21 @@ Format FormatOf(lmkan_dtype dtype) {
 }  // namespace
 
 const char* DtypeName(lmkan_dtype dtype) {
-  return dtype == LMKAN_FLOAT32 ? "float32" : dtype == LMKAN_FLOAT16 ? "float16" : "bfloat16";
+  switch (dtype) {
+    case LMKAN_FLOAT16:
+      return "float16";
+    case LMKAN_BFLOAT16:
+      return "bfloat16";
+    case LMKAN_INT8:
+      return "int8";
+    default:
+      return "float32";
+  }
 }
 
-size_t ElementSize(lmkan_dtype dtype) { return dtype == LMKAN_FLOAT32 ? 4 : 2; }
+size_t ElementSize(lmkan_dtype dtype) {
+  return dtype == LMKAN_FLOAT32 ? 4 : dtype == LMKAN_INT8 ? 1 : 2;
+}
 
 double SmallestSubnormal(lmkan_dtype dtype) {
   return std::ldexp(1.0, FormatOf(dtype).quantum_exponent);
@@ -41,6 +52,7 @@ double SmallestSubnormal(lmkan_dtype dtype) {
 int Precision(lmkan_dtype dtype) { return FormatOf(dtype).precision; }
 
 double Round(lmkan_dtype dtype, double value) {
+  if (dtype == LMKAN_INT8) return std::clamp(std::nearbyint(value), -128.0, 127.0);
   if (value == 0.0 || !std::isfinite(value)) return value;
   const Format format = FormatOf(dtype);
   int exponent;
@@ -52,6 +64,7 @@ double Round(lmkan_dtype dtype, double value) {
 }
 
 uint32_t Encode(lmkan_dtype dtype, double value) {
+  if (dtype == LMKAN_INT8) return static_cast<uint32_t>(value < 0 ? value + 256 : value);
   const Format format = FormatOf(dtype);
   const int fraction_bits = format.precision - 1;
   const uint32_t one = uint32_t{1} << fraction_bits;
@@ -70,6 +83,7 @@ uint32_t Encode(lmkan_dtype dtype, double value) {
 }
 
 double Decode(lmkan_dtype dtype, uint32_t bits) {
+  if (dtype == LMKAN_INT8) return bits < 128 ? bits : static_cast<double>(bits) - 256;
   const Format format = FormatOf(dtype);
   const int fraction_bits = format.precision - 1;
   const uint32_t one = uint32_t{1} << fraction_bits;
@@ -94,6 +108,7 @@ uint32_t Array::GetBits(int64_t index) const {
     std::memcpy(&bits, at(index), sizeof bits);
     return bits;
   }
+  if (dtype_ == LMKAN_INT8) return *at(index);
   uint16_t bits;
   std::memcpy(&bits, at(index), sizeof bits);
   return bits;
@@ -102,6 +117,10 @@ uint32_t Array::GetBits(int64_t index) const {
 void Array::SetBits(int64_t index, uint32_t bits) {
   if (dtype_ == LMKAN_FLOAT32) {
     std::memcpy(at(index), &bits, sizeof bits);
+    return;
+  }
+  if (dtype_ == LMKAN_INT8) {
+    *at(index) = static_cast<unsigned char>(bits);
     return;
   }
   const auto narrow = static_cast<uint16_t>(bits);

@@ -1,7 +1,8 @@
-// Arrays of float32, float16 or bfloat16 numbers whose elements are read and written as float64.
+// Arrays of float32, float16, bfloat16 or int8 numbers whose elements are read and written as
+// float64.
 //
-// The conversions work on exponents and significands as numbers. They share nothing with the bit
-// arithmetic of kernels/cpu/float16.h, so that one can test the other.
+// The conversions of floats work on exponents and significands as numbers. They share nothing with
+// the bit arithmetic of kernels/cpu/float16.h, so that one can test the other.
 #ifndef LMKAN_TESTS_ARRAY_H_
 #define LMKAN_TESTS_ARRAY_H_
 
@@ -13,19 +14,21 @@
 
 namespace lmkan::test {
 
-inline constexpr lmkan_dtype kDtypes[] = {LMKAN_FLOAT32, LMKAN_FLOAT16, LMKAN_BFLOAT16};
+// Those of x and y.
+inline constexpr lmkan_dtype kXDtypes[] = {LMKAN_FLOAT32, LMKAN_FLOAT16, LMKAN_BFLOAT16};
 
 const char* DtypeName(lmkan_dtype dtype);
 
 size_t ElementSize(lmkan_dtype dtype);
 
-// The smallest positive number of a type.
+// The smallest positive number of a floating-point type.
 double SmallestSubnormal(lmkan_dtype dtype);
 
-// Significand bits, the hidden one included.
+// Significand bits of a floating-point type, the hidden one included.
 int Precision(lmkan_dtype dtype);
 
-// The nearest number of a type, ties to even, infinity beyond the largest.
+// The nearest number of a type, ties to even; beyond the largest float infinity, beyond the largest
+// integer that one.
 double Round(lmkan_dtype dtype, double value);
 
 // Bits of a number; value must be one of the type. A NaN becomes a quiet one.

@@ -26,12 +26,12 @@ static lmkan_table_desc Describe(const float* data) {
   return desc;
 }
 
-static void TestLookup(const float* data) {
-  const lmkan_table_desc desc = Describe(data);
+/* The middle of the grid must be `expected`, one value an output. */
+static void TestLookup(const lmkan_table_desc* desc, const float* expected) {
   lmkan_cpu_table* table = NULL;
   char message[128] = "";
   lmkan_status status =
-      lmkan_cpu_table_create(&desc, LMKAN_COPY, LMKAN_ISA_AUTO, &table, message, sizeof message);
+      lmkan_cpu_table_create(desc, LMKAN_COPY, LMKAN_ISA_AUTO, &table, message, sizeof message);
   Expect(status == LMKAN_OK && table != NULL, "create", (int)status, message);
   if (table == NULL) return;
 
@@ -40,12 +40,9 @@ static void TestLookup(const float* data) {
   float y[kOutputs] = {-1.0f, -1.0f};
   status = lmkan_cpu_lookup2d(table, LMKAN_FLOAT32, x, y, 1, 0, 1, message, sizeof message);
   Expect(status == LMKAN_OK, "lookup", (int)status, message);
-  for (int o = 0; o < kOutputs; ++o) {
-    const float expected = data[(2 * kGridPoints + 2) * kOutputs + o];
-    Expect(y[o] == expected, "y", (int)y[o], "");
-  }
+  for (int o = 0; o < kOutputs; ++o) Expect(y[o] == expected[o], "y", (int)y[o], "");
 
-  const int dtypes[] = {3, 4, 7, 1000000, -1};
+  const int dtypes[] = {LMKAN_INT8, 4, 7, 1000000, -1};
   for (size_t i = 0; i < sizeof dtypes / sizeof dtypes[0]; ++i) {
     message[0] = 0;
     status =
@@ -54,6 +51,21 @@ static void TestLookup(const float* data) {
            message);
   }
   lmkan_cpu_table_destroy(table);
+}
+
+static void TestLookups(const float* data) {
+  const float* middle = data + (2 * kGridPoints + 2) * kOutputs;
+  lmkan_table_desc desc = Describe(data);
+  TestLookup(&desc, middle);
+
+  int8_t integers[kGridPoints * kGridPoints * kOutputs];
+  for (size_t i = 0; i < sizeof integers; ++i) integers[i] = (int8_t)data[i];
+  const float scales[kOutputs] = {0.5f, -3.0f};
+  const float scaled[kOutputs] = {0.5f * middle[0], -3.0f * middle[1]};
+  desc.data = integers;
+  desc.dtype = LMKAN_INT8;
+  desc.scales = scales;
+  TestLookup(&desc, scaled);
 }
 
 static void ExpectRefusal(const lmkan_table_desc* desc, int ownership, int isa, const char* what) {
@@ -78,15 +90,23 @@ static void TestValuesOutsideOfTheEnums(const float* data) {
   /* The first value after the last one. */
   lmkan_table_desc desc = Describe(data);
   ExpectRefusal(&desc, LMKAN_BORROW + 1, LMKAN_ISA_AUTO, "ownership");
-  desc.dtype = (lmkan_dtype)(LMKAN_BFLOAT16 + 1);
+  desc.dtype = (lmkan_dtype)(LMKAN_INT8 + 1);
   ExpectRefusal(&desc, LMKAN_COPY, LMKAN_ISA_AUTO, "dtype of the table");
+  desc.scales = data;
+  ExpectRefusal(&desc, LMKAN_COPY, LMKAN_ISA_AUTO, "dtype of the table, with scales");
+  desc = Describe(data);
+  desc.scales = data;
+  ExpectRefusal(&desc, LMKAN_COPY, LMKAN_ISA_AUTO, "scales of floats");
+  desc.dtype = LMKAN_INT8;
+  desc.scales = NULL;
+  ExpectRefusal(&desc, LMKAN_COPY, LMKAN_ISA_AUTO, "INT8 without scales");
 }
 
 int main(void) {
   float data[kGridPoints * kGridPoints * kOutputs];
   for (size_t i = 0; i < sizeof data / sizeof data[0]; ++i) data[i] = (float)i;
   Expect(lmkan_abi_version() == LMKAN_ABI_VERSION, "ABI", (int)lmkan_abi_version(), "");
-  TestLookup(data);
+  TestLookups(data);
   TestValuesOutsideOfTheEnums(data);
   printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;

@@ -1,9 +1,10 @@
-// How the kernels themselves read and write each type: every float16 and bfloat16 number as a table
-// entry and as a feature, and rounding of y.
+// How the kernels themselves read and write each type: every float16, bfloat16 and int8 number as a
+// table entry, every float16 and bfloat16 number as a feature, scales, and rounding of y.
 //
 // At x = 0 and even G the position in the cell is exactly 0, so y is one table entry.
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <string>
 #include <vector>
@@ -16,17 +17,19 @@
 namespace lmkan::test {
 namespace {
 
-// Looks up x = (0, 0) with `entries` in the middle of the grid and zeros around them.
+// Looks up x = (0, 0) with `entries` in the middle of the grid and zeros around them. `scales`, one
+// an entry, belongs to int8 entries.
 Array LookUpEntries(lmkan_isa isa, lmkan_ownership ownership, const Array& entries,
-                    lmkan_dtype x_dtype) {
+                    lmkan_dtype x_dtype, const std::vector<float>& scales = {}) {
   const Shape shape = {1, 4, entries.size(), 1};
-  Array table(entries.dtype(), shape.table_size());
+  Table table(shape, entries.dtype());
   for (int64_t o = 0; o < entries.size(); ++o) {
-    table.SetBits((2 * 5 + 2) * entries.size() + o, entries.GetBits(o));
+    table.entries.SetBits((2 * 5 + 2) * entries.size() + o, entries.GetBits(o));
   }
+  for (int64_t o = 0; o < table.scales.size(); ++o) table.scales.Set(o, scales[o]);
   const Array x(x_dtype, 2);
   Array y(x_dtype, entries.size());
-  const TableHandle handle = CreateTable(shape, table.dtype(), table.data(), ownership, isa);
+  const TableHandle handle = CreateTable(table, ownership, isa);
   if (handle != nullptr) Lookup(handle.get(), x_dtype, x.data(), y.data(), 1, 1);
   return y;
 }
@@ -50,9 +53,40 @@ void TestEveryTableEntry(lmkan_isa isa) {
       entries.SetBits(bits, static_cast<uint32_t>(bits));
     }
     for (const lmkan_ownership ownership : kOwnerships) {
-      for (const lmkan_dtype x_dtype : kDtypes) {
+      for (const lmkan_dtype x_dtype : kXDtypes) {
         ExpectEntries(entries, LookUpEntries(isa, ownership, entries, x_dtype),
                       Describe(isa, dtype, x_dtype, ownership));
+      }
+    }
+  }
+}
+
+// y is the entry times the scale, rounded to float32 once, for all scales that are multiples of
+// 2^-135: a scale is stored in units of 2^-14.
+void TestEveryInt8Entry(lmkan_isa isa) {
+  constexpr float kLargest = std::numeric_limits<float>::max();
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  constexpr float kScales[] = {1.0f,           0.1f,      -1.0f / 3,  0.0f,
+                               -0.0f,          0x1p-126f, 0x1p-135f,  -0x3p-135f,
+                               kLargest / 128, kLargest,  -kInfinity, kNan};
+  Array entries(LMKAN_INT8, 256 * static_cast<int64_t>(std::size(kScales)));
+  std::vector<float> scales;
+  for (int64_t i = 0; i < entries.size(); ++i) {
+    entries.SetBits(i, static_cast<uint32_t>(i % 256));
+    scales.push_back(kScales[i / 256]);
+  }
+  for (const lmkan_ownership ownership : kOwnerships) {
+    for (const lmkan_dtype x_dtype : kXDtypes) {
+      const Array y = LookUpEntries(isa, ownership, entries, x_dtype, scales);
+      for (int64_t i = 0; i < entries.size(); ++i) {
+        const double product = entries.Get(i) * scales[i];
+        const double expected = Round(x_dtype, Round(LMKAN_FLOAT32, product));
+        const double found = y.Get(i);
+        const bool same = std::isfinite(scales[i]) ? found == expected : !std::isfinite(found);
+        LMKAN_EXPECT(same, "%s: the entry %g of scale %.9g becomes %.9g, not %.9g",
+                     Describe(isa, LMKAN_INT8, x_dtype, ownership).c_str(), entries.Get(i),
+                     double{scales[i]}, found, expected);
       }
     }
   }
@@ -87,10 +121,12 @@ void TestEveryFeature(lmkan_isa isa) {
       x.SetBits(2 * r, static_cast<uint32_t>(r));
       x.SetBits(2 * r + 1, static_cast<uint32_t>((r + 1) % shape.rows));
     }
-    Array table(LMKAN_FLOAT32, shape.table_size());
-    for (int64_t i = 0; i < table.size(); ++i) table.Set(i, std::sin(static_cast<double>(i)));
+    Table table(shape, LMKAN_FLOAT32);
+    for (int64_t i = 0; i < table.entries.size(); ++i) {
+      table.entries.Set(i, std::sin(static_cast<double>(i)));
+    }
     Array y(dtype, shape.y_size());
-    const TableHandle handle = CreateTable(shape, LMKAN_FLOAT32, table.data(), LMKAN_COPY, isa);
+    const TableHandle handle = CreateTable(table, LMKAN_COPY, isa);
     if (handle == nullptr || !Lookup(handle.get(), dtype, x.data(), y.data(), shape.rows, 1))
       return;
     Reference reference = Evaluate(shape, x.ToDoubles(), table.ToDoubles());
@@ -114,6 +150,7 @@ int main(int argc, char** argv) {
   using namespace lmkan::test;
   return RunForIsa(argc, argv, [](lmkan_isa isa) {
     TestEveryTableEntry(isa);
+    TestEveryInt8Entry(isa);
     TestRoundingOfY(isa);
     TestEveryFeature(isa);
   });

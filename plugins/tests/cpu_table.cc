@@ -13,7 +13,7 @@ constexpr lmkan_isa kIsas[] = {LMKAN_ISA_PORTABLE, LMKAN_ISA_AVX2, LMKAN_ISA_AVX
 // The status of a table that is right in everything but, perhaps, its instruction set.
 lmkan_status TryIsa(lmkan_isa isa, std::string* name_or_message) {
   const float data[16] = {};
-  const lmkan_table_desc desc = {data, LMKAN_FLOAT32, 1, 3, 1};
+  const lmkan_table_desc desc = {data, LMKAN_FLOAT32, 1, 3, 1, nullptr};
   lmkan_cpu_table* table = nullptr;
   char message[256] = "";
   const lmkan_status status =
@@ -49,15 +49,22 @@ bool ProcessorHas(lmkan_isa isa) {
                     __builtin_cpu_supports("f16c");
   if (isa == LMKAN_ISA_AVX2) return avx2;
   return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
 #else
   return false;
 #endif
 }
 
+TableHandle CreateTable(const Table& table, lmkan_ownership ownership, lmkan_isa isa) {
+  return CreateTable(table.shape, table.dtype(), table.entries.data(), table.scales_or_null(),
+                     ownership, isa);
+}
+
 TableHandle CreateTable(const Shape& shape, lmkan_dtype dtype, const void* data,
-                        lmkan_ownership ownership, lmkan_isa isa) {
-  const lmkan_table_desc desc = {data, dtype, shape.num_pairs, shape.num_grids, shape.num_outputs};
+                        const float* scales, lmkan_ownership ownership, lmkan_isa isa) {
+  const lmkan_table_desc desc = {data,  dtype, shape.num_pairs, shape.num_grids, shape.num_outputs,
+                                 scales};
   lmkan_cpu_table* table = nullptr;
   char message[256] = "";
   const lmkan_status status =

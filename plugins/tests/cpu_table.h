@@ -11,6 +11,7 @@
 #include "array.h"
 #include "lmkan/lookup2d.h"
 #include "oracle.h"
+#include "table.h"
 
 namespace lmkan::test {
 
@@ -27,9 +28,12 @@ const char* OwnershipName(lmkan_ownership ownership);
 // Whether this processor, and a build for it, has an instruction set.
 bool ProcessorHas(lmkan_isa isa);
 
-// A table that the test expects to be accepted; null, and a failure, when it isn't.
+// A handle that the test expects to get; null, and a failure, when it doesn't.
+TableHandle CreateTable(const Table& table, lmkan_ownership ownership, lmkan_isa isa);
+
+// The same for a table that lies elsewhere; scales is null unless dtype is INT8.
 TableHandle CreateTable(const Shape& shape, lmkan_dtype dtype, const void* data,
-                        lmkan_ownership ownership, lmkan_isa isa);
+                        const float* scales, lmkan_ownership ownership, lmkan_isa isa);
 
 // All tasks of a lookup, first to last. A failure, and false, when one of them fails.
 bool Lookup(const lmkan_cpu_table* table, lmkan_dtype dtype, const void* x, void* y, int64_t rows,

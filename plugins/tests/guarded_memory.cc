@@ -35,7 +35,7 @@ const char* Name(Placement placement) {
 GuardedMemory::GuardedMemory(Placement placement, size_t num_bytes) : num_bytes_(num_bytes) {
   if (placement == Placement::kHeap) {
     data_ = static_cast<unsigned char*>(std::malloc(num_bytes));
-    if (data_ == nullptr) Stop("malloc");
+    if (data_ == nullptr && num_bytes != 0) Stop("malloc");
     return;
   }
   const size_t page = PageBytes();

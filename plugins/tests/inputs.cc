@@ -5,9 +5,15 @@
 namespace lmkan::test {
 namespace {
 
-double MakeFeature(int64_t num_grids, lmkan_dtype dtype, Random& random) {
+double MakeFeature(int64_t num_grids, lmkan_dtype dtype, bool is_near, Random& random) {
   const double sign = random.Index(2) == 0 ? 1.0 : -1.0;
   const int64_t kind = random.Index(20);
+  const double end = GridPoint(num_grids, num_grids);
+  if (is_near && kind < 13) return random.Uniform(-end, end);
+  if (is_near && kind == 13) {
+    const double width = end - GridPoint(num_grids, num_grids - 1);
+    return sign * (end + width * random.Uniform(kFarthestFit - 0.53, kFarthestFit - 0.47));
+  }
   if (kind < 10) return random.Uniform(-3, 3);
   if (kind < 13) return random.Uniform(-180, 180);
   if (kind == 13) return sign * 180;
@@ -20,17 +26,31 @@ double MakeFeature(int64_t num_grids, lmkan_dtype dtype, Random& random) {
   return point * (1 + sign * std::ldexp(1.0, 1 - Precision(dtype)));
 }
 
+double MakeScale(Random& random) {
+  const double scale = random.Uniform(0.005, 0.02) * (random.Index(4) == 0 ? -1 : 1);
+  const int64_t kind = random.Index(64);
+  if (kind == 0) return 0;
+  if (kind == 1) return scale * 0x1p-120;
+  if (kind == 2) return scale * 0x1p90;
+  return scale;
+}
+
 }  // namespace
 
-Array MakeTable(const Shape& shape, lmkan_dtype dtype, uint64_t seed) {
+Table MakeTable(const Shape& shape, lmkan_dtype dtype, uint64_t seed) {
   Random random(seed);
-  Array table(dtype, shape.table_size());
-  for (int64_t i = 0; i < table.size(); ++i) {
+  Table table(shape, dtype);
+  for (int64_t i = 0; i < table.scales.size(); ++i) table.scales.Set(i, MakeScale(random));
+  for (int64_t i = 0; i < table.entries.size(); ++i) {
+    if (dtype == LMKAN_INT8) {
+      table.entries.Set(i, static_cast<double>(random.Index(256) - 128));
+      continue;
+    }
     double entry = random.Uniform(-1, 1);
     if (random.Index(32) == 0) {
       entry = SmallestSubnormal(dtype) * static_cast<double>(random.Index(7) - 3);
     }
-    table.Set(i, entry);
+    table.entries.Set(i, entry);
   }
   return table;
 }
@@ -38,7 +58,11 @@ Array MakeTable(const Shape& shape, lmkan_dtype dtype, uint64_t seed) {
 Array MakeX(const Shape& shape, lmkan_dtype dtype, uint64_t seed) {
   Random random(seed);
   Array x(dtype, shape.x_size());
-  for (int64_t i = 0; i < x.size(); ++i) x.Set(i, MakeFeature(shape.num_grids, dtype, random));
+  bool is_near = false;
+  for (int64_t i = 0; i < x.size(); ++i) {
+    if (i % (2 * shape.num_pairs) % (2 * kGroupPairs) == 0) is_near = random.Index(2) == 0;
+    x.Set(i, MakeFeature(shape.num_grids, dtype, is_near, random));
+  }
   return x;
 }
 

@@ -7,6 +7,7 @@
 
 #include "array.h"
 #include "oracle.h"
+#include "table.h"
 
 namespace lmkan::test {
 
@@ -28,11 +29,14 @@ class Random {
   std::mt19937_64 generator_;
 };
 
-// Entries between -1 and 1, with zeros and subnormals among them.
-Array MakeTable(const Shape& shape, lmkan_dtype dtype, uint64_t seed);
+// Floats between -1 and 1, with zeros and subnormals among them. Integers of all values, and scales
+// of both signs around 1/100, with zeros, subnormals and large numbers among them.
+Table MakeTable(const Shape& shape, lmkan_dtype dtype, uint64_t seed);
 
 // Finite features: the grid's range, the tails to |x| = 180, zeros of both signs, subnormals, and
-// grid points with their neighbours.
+// grid points with their neighbours. Kernels for INT8 tables treat a group of four pairs otherwise
+// when one of its features is far beyond the grid: half of the groups stay on the grid or near it,
+// some of them around the limit.
 Array MakeX(const Shape& shape, lmkan_dtype dtype, uint64_t seed);
 
 }  // namespace lmkan::test

@@ -29,10 +29,9 @@ void TestShape(const Shape& shape, lmkan_isa isa, lmkan_dtype table_dtype, lmkan
                lmkan_ownership ownership, bool zero_table) {
   const std::string label = Describe(isa, table_dtype, x_dtype, ownership) + ", " +
                             shape.ToString() + (zero_table ? ", table of zeros" : "");
-  const Array table =
-      zero_table ? Array(table_dtype, shape.table_size()) : MakeTable(shape, table_dtype, 1);
+  const Table table = zero_table ? Table(shape, table_dtype) : MakeTable(shape, table_dtype, 1);
   const Array x = MakeX(shape, x_dtype, 2);
-  const TableHandle handle = CreateTable(shape, table_dtype, table.data(), ownership, isa);
+  const TableHandle handle = CreateTable(table, ownership, isa);
   if (handle == nullptr) return;
   Array y(x_dtype, shape.y_size());
   if (!Lookup(handle.get(), x_dtype, x.data(), y.data(), shape.rows, 1)) return;
@@ -77,8 +76,8 @@ int main(int argc, char** argv) {
                                {9, 13, 17, 6}, {3, 40, 65, 7}, {19, 4, 9, 19}};
   return RunForIsa(argc, argv, [&](lmkan_isa isa) {
     for (const Shape& shape : kShapes) {
-      for (const lmkan_dtype table_dtype : kDtypes) {
-        for (const lmkan_dtype x_dtype : kDtypes) {
+      for (const lmkan_dtype table_dtype : kTableDtypes) {
+        for (const lmkan_dtype x_dtype : kXDtypes) {
           for (const lmkan_ownership ownership : kOwnerships) {
             TestShape(shape, isa, table_dtype, x_dtype, ownership, false);
           }

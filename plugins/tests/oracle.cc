@@ -12,6 +12,9 @@ namespace {
 // Unit roundoff of float32, in which kernels find cells and add up corners.
 constexpr double kRoundoff = 0x1p-24;
 
+// Half of the smallest float32 times an entry of 128 and a weight of 1 in units of 2^-14.
+constexpr double kInt8Underflow = 0x1p-150 * 128 * 0x1p14;
+
 double Sigma(double x) { return x <= 0 ? 0.5 * std::exp(x) : 1.0 - 0.5 * std::exp(-x); }
 
 double InverseSigma(double level) {
@@ -44,6 +47,26 @@ Position Locate(const std::vector<double>& grid, double x) {
   return position;
 }
 
+// Whether every feature of the group that pair `pair` belongs to is near enough to its cell.
+bool MayRoundWeights(const std::vector<Position>& positions, int64_t pair) {
+  const int64_t begin = pair / kGroupPairs * kGroupPairs * 2;
+  const int64_t end = std::min(begin + 2 * kGroupPairs, static_cast<int64_t>(positions.size()));
+  return std::all_of(positions.begin() + begin, positions.begin() + end, [](const Position& it) {
+    return std::fabs(it.d - 0.5) <= kFarthestFit + it.error + kRoundoff;
+  });
+}
+
+// The largest entry of each pair and output, [num_pairs][num_outputs].
+std::vector<double> LargestEntries(const Shape& shape, const std::vector<double>& table) {
+  std::vector<double> largest(shape.num_pairs * shape.num_outputs, 0.0);
+  const int64_t pair_size = shape.table_size() / shape.num_pairs;
+  for (int64_t i = 0; i < shape.table_size(); ++i) {
+    double& most = largest[i / pair_size * shape.num_outputs + i % shape.num_outputs];
+    most = std::max(most, std::fabs(table[i]));
+  }
+  return largest;
+}
+
 }  // namespace
 
 std::string Shape::ToString() const {
@@ -61,55 +84,60 @@ double GridPoint(int64_t num_grids, int64_t index) {
 }
 
 Reference Evaluate(const Shape& shape, const std::vector<double>& x,
-                   const std::vector<double>& table) {
+                   const std::vector<double>& table, lmkan_dtype table_dtype) {
   std::vector<double> grid;
   for (int64_t i = 0; i <= shape.num_grids; ++i) grid.push_back(GridPoint(shape.num_grids, i));
-  double largest = 0;
-  for (const double entry : table) largest = std::max(largest, std::fabs(entry));
+  const int64_t outputs = shape.num_outputs;
+  const std::vector<double> largest = LargestEntries(shape, table);
 
   Reference reference;
   reference.y.assign(shape.y_size(), 0.0);
   reference.bound.assign(shape.y_size(), 0.0);
   const int64_t axis = shape.num_grids + 1;
   const double terms = 4.0 * static_cast<double>(shape.num_pairs);
+  std::vector<Position> positions(2 * shape.num_pairs);
   for (int64_t r = 0; r < shape.rows; ++r) {
-    double* y = reference.y.data() + r * shape.num_outputs;
-    double* bound = reference.bound.data() + r * shape.num_outputs;
+    double* y = reference.y.data() + r * outputs;
+    double* bound = reference.bound.data() + r * outputs;
+    const auto features = x.begin() + r * 2 * shape.num_pairs;
+    if (!std::all_of(features, features + 2 * shape.num_pairs,
+                     [](double feature) { return std::isfinite(feature); })) {
+      std::fill_n(y, outputs, std::numeric_limits<double>::quiet_NaN());
+      continue;
+    }
+    for (int64_t i = 0; i < 2 * shape.num_pairs; ++i) positions[i] = Locate(grid, features[i]);
     for (int64_t p = 0; p < shape.num_pairs; ++p) {
-      const double x1 = x[(r * shape.num_pairs + p) * 2];
-      const double x2 = x[(r * shape.num_pairs + p) * 2 + 1];
-      if (!std::isfinite(x1) || !std::isfinite(x2)) {
-        std::fill_n(y, shape.num_outputs, std::numeric_limits<double>::quiet_NaN());
-        break;
-      }
-      const Position first = Locate(grid, x1);
-      const Position second = Locate(grid, x2);
+      const Position& first = positions[2 * p];
+      const Position& second = positions[2 * p + 1];
+      const double rounding =
+          table_dtype == LMKAN_INT8 && MayRoundWeights(positions, p) ? 0x1p-15 : 0;
       // In the wrong cell the line of the neighbour is followed, over this part of a cell at most.
-      const double border = 4 * largest *
-                            (first.border * (std::fabs(1 - second.d) + std::fabs(second.d)) +
-                             second.border * (std::fabs(1 - first.d) + std::fabs(first.d)));
+      const double border = 4 * (first.border * (std::fabs(1 - second.d) + std::fabs(second.d)) +
+                                 second.border * (std::fabs(1 - first.d) + std::fabs(first.d)));
       for (int corner = 0; corner < 4; ++corner) {
         const int64_t up1 = corner / 2;
         const int64_t up2 = corner % 2;
         const double w1 = up1 == 1 ? first.d : 1 - first.d;
         const double w2 = up2 == 1 ? second.d : 1 - second.d;
         const double* entries =
-            table.data() +
-            ((p * axis + first.cell + up1) * axis + second.cell + up2) * shape.num_outputs;
+            table.data() + ((p * axis + first.cell + up1) * axis + second.cell + up2) * outputs;
         const double weight = w1 * w2;
-        // The axes' errors, the product's rounding, and that of every addition.
+        // The axes' errors, the product's rounding, that of every addition, and of the weight.
         const double error = std::fabs(w1) * second.error + std::fabs(w2) * first.error +
                              first.error * second.error +
-                             kRoundoff * (terms + 3) * std::fabs(weight);
-        for (int64_t o = 0; o < shape.num_outputs; ++o) {
+                             kRoundoff * (terms + 3) * std::fabs(weight) + rounding;
+        // A scale in units of the weights may be subnormal where the scale itself isn't.
+        const double underflow =
+            table_dtype == LMKAN_INT8 ? (std::fabs(weight) + rounding) * kInt8Underflow : 0;
+        for (int64_t o = 0; o < outputs; ++o) {
           y[o] += weight * entries[o];
-          bound[o] += error * std::fabs(entries[o]);
+          bound[o] += error * std::fabs(entries[o]) + underflow;
         }
       }
-      for (int64_t o = 0; o < shape.num_outputs; ++o) bound[o] += border;
+      for (int64_t o = 0; o < outputs; ++o) bound[o] += border * largest[p * outputs + o];
     }
     // A tenth for the terms of second order; each product may also fall among the subnormals.
-    for (int64_t o = 0; o < shape.num_outputs; ++o) bound[o] = 1.1 * bound[o] + terms * 0x1p-149;
+    for (int64_t o = 0; o < outputs; ++o) bound[o] = 1.1 * bound[o] + terms * 0x1p-149;
   }
   return reference;
 }

@@ -89,6 +89,52 @@ void TestBoundIsTight() {
   }
 }
 
+// What rounded weights add to the bound of a table of ones: 2^-15 for each corner of the groups
+// whose features are all near their cells, and nothing for the others.
+void TestRoundedWeights() {
+  const Shape shape = {6, 8, 1, 7};
+  const std::vector<double> table(shape.table_size(), 1.0);
+  std::vector<double> x(shape.x_size(), 0.1);
+  const double end = GridPoint(8, 8);
+  const double width = end - GridPoint(8, 7);
+  const auto feature = [&](int64_t row, int64_t index) -> double& { return x[row * 12 + index]; };
+  feature(1, 7) = end + 0.42 * width;
+  feature(2, 8) = -end - 0.42 * width;
+  feature(3, 0) = 180;
+  feature(3, 11) = -180;
+  feature(4, 0) = end + 0.4 * width;
+  feature(5, 11) = -end - 0.4 * width;
+  feature(6, 8) = std::nan("");
+  const int pairs[] = {6, 2, 4, 0, 6, 6};
+  const Reference exact = Evaluate(shape, x, table);
+  const Reference rounded = Evaluate(shape, x, table, LMKAN_INT8);
+  for (int r = 0; r < 6; ++r) {
+    const double added = rounded.bound[r] - exact.bound[r];
+    LMKAN_EXPECT(std::fabs(added - 1.1 * pairs[r] * 4 * 0x1p-15) < 1e-12, "row %d adds %g", r,
+                 added);
+    LMKAN_EXPECT(rounded.y[r] == exact.y[r], "row %d", r);
+  }
+  LMKAN_EXPECT(std::isnan(rounded.y[6]), "NaN gives %g", rounded.y[6]);
+}
+
+// The features of the other tests must have groups whose weights are rounded and others in one row.
+void TestFeaturesMixGroups() {
+  const Shape shape = {8, 8, 1, 100};
+  const std::vector<double> table(shape.table_size(), 1.0);
+  for (const lmkan_dtype dtype : kXDtypes) {
+    const std::vector<double> x = MakeX(shape, dtype, 1).ToDoubles();
+    const Reference exact = Evaluate(shape, x, table);
+    const Reference rounded = Evaluate(shape, x, table, LMKAN_INT8);
+    int rows[3] = {};  // by the number of groups whose weights are rounded
+    for (int64_t r = 0; r < shape.rows; ++r) {
+      const double groups = (rounded.bound[r] - exact.bound[r]) / (1.1 * kGroupPairs * 4 * 0x1p-15);
+      ++rows[std::lround(groups)];
+    }
+    LMKAN_EXPECT(rows[0] > 10 && rows[1] > 10 && rows[2] > 10, "%s: %d, %d, %d rows",
+                 DtypeName(dtype), rows[0], rows[1], rows[2]);
+  }
+}
+
 }  // namespace
 }  // namespace lmkan::test
 
@@ -99,5 +145,7 @@ int main() {
   TestTableIsReproducedOnTheGrid();
   TestBilinearFunctionsAreExact();
   TestBoundIsTight();
+  TestRoundedWeights();
+  TestFeaturesMixGroups();
   return Finish();
 }

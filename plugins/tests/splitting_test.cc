@@ -81,9 +81,9 @@ void TestShape(const Shape& shape, lmkan_isa isa, lmkan_dtype table_dtype, lmkan
                lmkan_ownership ownership) {
   const std::string label =
       Describe(isa, table_dtype, x_dtype, ownership) + ", " + shape.ToString();
-  const Array table = MakeTable(shape, table_dtype, 1);
+  const Table table = MakeTable(shape, table_dtype, 1);
   const Array x = MakeX(shape, x_dtype, 2);
-  const TableHandle handle = CreateTable(shape, table_dtype, table.data(), ownership, isa);
+  const TableHandle handle = CreateTable(table, ownership, isa);
   if (handle == nullptr) return;
   Array expected(x_dtype, shape.y_size());
   if (!Lookup(handle.get(), x_dtype, x.data(), expected.data(), shape.rows, 1)) return;
@@ -107,8 +107,8 @@ int main(int argc, char** argv) {
                                {3, 4, 111, 7}, {9, 8, 16, 19}, {5, 4, 33, 111}, {2, 8, 17, 1025}};
   return RunForIsa(argc, argv, [&](lmkan_isa isa) {
     for (const Shape& shape : kShapes) {
-      for (const lmkan_dtype table_dtype : kDtypes) {
-        for (const lmkan_dtype x_dtype : kDtypes) {
+      for (const lmkan_dtype table_dtype : kTableDtypes) {
+        for (const lmkan_dtype x_dtype : kXDtypes) {
           for (const lmkan_ownership ownership : kOwnerships) {
             TestShape(shape, isa, table_dtype, x_dtype, ownership);
           }

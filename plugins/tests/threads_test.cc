@@ -67,15 +67,16 @@ void TestSharedLookup(const Shape& shape, const lmkan_cpu_table* table, lmkan_dt
 }
 
 // Threads that make and free their own handles of one table in memory.
-void TestSeparateHandles(const Shape& shape, const Array& table, lmkan_isa isa) {
+void TestSeparateHandles(const Table& table, lmkan_isa isa) {
+  const Shape& shape = table.shape;
   const Array x = MakeX(shape, LMKAN_FLOAT32, 1);
   Array expected(LMKAN_FLOAT32, shape.y_size());
-  const TableHandle handle = CreateTable(shape, table.dtype(), table.data(), LMKAN_COPY, isa);
+  const TableHandle handle = CreateTable(table, LMKAN_COPY, isa);
   if (handle == nullptr) return;
   Lookup(handle.get(), LMKAN_FLOAT32, x.data(), expected.data(), shape.rows, 1);
   RunThreads([&](int i) {
     for (int repeat = 0; repeat < 5; ++repeat) {
-      const TableHandle own = CreateTable(shape, table.dtype(), table.data(), LMKAN_COPY, isa);
+      const TableHandle own = CreateTable(table, LMKAN_COPY, isa);
       if (own == nullptr) return;
       Array y(LMKAN_FLOAT32, shape.y_size());
       Lookup(own.get(), LMKAN_FLOAT32, x.data(), y.data(), shape.rows, 1);
@@ -106,18 +107,18 @@ int main(int argc, char** argv) {
   using namespace lmkan::test;
   return RunForIsa(argc, argv, [](lmkan_isa isa) {
     const Shape shape = {9, 8, 129, 111};
-    for (const lmkan_dtype table_dtype : kDtypes) {
-      const Array table = MakeTable(shape, table_dtype, 1);
+    for (const lmkan_dtype table_dtype : kTableDtypes) {
+      const Table table = MakeTable(shape, table_dtype, 1);
       for (const lmkan_ownership ownership : kOwnerships) {
-        const TableHandle handle = CreateTable(shape, table_dtype, table.data(), ownership, isa);
+        const TableHandle handle = CreateTable(table, ownership, isa);
         if (handle == nullptr) return;
-        for (const lmkan_dtype x_dtype : kDtypes) {
+        for (const lmkan_dtype x_dtype : kXDtypes) {
           TestSeparateLookups(shape, handle.get(), x_dtype);
           TestSharedLookup(shape, handle.get(), x_dtype);
         }
         TestSeparateMessages(handle.get());
       }
-      TestSeparateHandles(shape, table, isa);
+      TestSeparateHandles(table, isa);
     }
   });
 }

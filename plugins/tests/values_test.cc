@@ -43,19 +43,22 @@ std::vector<Shape> MakeShapes() {
 }
 
 void TestShape(const Shape& shape, lmkan_isa isa, uint64_t seed) {
-  for (const lmkan_dtype table_dtype : kDtypes) {
-    const Array table = MakeTable(shape, table_dtype, seed);
+  for (const lmkan_dtype table_dtype : kTableDtypes) {
+    const Table table = MakeTable(shape, table_dtype, seed);
     const std::vector<double> entries = table.ToDoubles();
-    for (const lmkan_dtype x_dtype : kDtypes) {
+    for (const lmkan_dtype x_dtype : kXDtypes) {
       const Array x = MakeX(shape, x_dtype, seed + 1);
-      const Reference reference = Evaluate(shape, x.ToDoubles(), entries);
+      const Reference reference = Evaluate(shape, x.ToDoubles(), entries, table_dtype);
       for (const lmkan_ownership ownership : kOwnerships) {
-        Array memory = table;
-        const TableHandle handle = CreateTable(shape, table_dtype, memory.data(), ownership, isa);
+        Table memory = table;
+        const TableHandle handle = CreateTable(memory, ownership, isa);
         if (handle == nullptr) return;
         // A copied table must not look at the caller's memory again, and a y that is added to, or
         // not written, must show: all ones are NaN in every type.
-        if (ownership == LMKAN_COPY) memory.Fill(0xff);
+        if (ownership == LMKAN_COPY) {
+          memory.entries.Fill(0xff);
+          memory.scales.Fill(0xff);
+        }
         Array y(x_dtype, shape.y_size());
         y.Fill(0xff);
         const int64_t num_tasks = lmkan_cpu_num_tasks(handle.get(), shape.rows, 2);
@@ -67,15 +70,45 @@ void TestShape(const Shape& shape, lmkan_isa isa, uint64_t seed) {
   }
 }
 
+// Every position around the outermost cells in which weights are rounded, with the entries that
+// make the largest sums of integers: -128 and 127 in all patterns of signs.
+void TestLargestIntegers(lmkan_isa isa) {
+  constexpr int64_t kSteps = 111;  // fiftieths of a cell, -0.6 ... 1.6
+  const Shape shape = {1, 4, 4, kSteps * kSteps};
+  Table table(shape, LMKAN_INT8);
+  for (int64_t o = 0; o < 4; ++o) table.scales.Set(o, 0.01);
+  for (int64_t i = 0; i < table.entries.size(); ++i) {
+    const int64_t o = i % 4, i2 = i / 4 % 5, i1 = i / 20;
+    table.entries.Set(i, (i1 * (o / 2) + i2 * (o % 2)) % 2 == 0 ? -128 : 127);
+  }
+  const double width = GridPoint(4, 1) - GridPoint(4, 0);
+  const auto feature = [width](int64_t step) {
+    const double d = static_cast<double>(step) / 50 - 0.6;
+    return d < 0.5 ? GridPoint(4, 0) + d * width : GridPoint(4, 3) + d * width;
+  };
+  Array x(LMKAN_FLOAT32, shape.x_size());
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    x.Set(2 * r, feature(r / kSteps));
+    x.Set(2 * r + 1, feature(r % kSteps));
+  }
+  const TableHandle handle = CreateTable(table, LMKAN_COPY, isa);
+  Array y(LMKAN_FLOAT32, shape.y_size());
+  if (handle == nullptr ||
+      !Lookup(handle.get(), LMKAN_FLOAT32, x.data(), y.data(), shape.rows, 1)) {
+    return;
+  }
+  ExpectClose(shape, Evaluate(shape, x.ToDoubles(), table.ToDoubles(), LMKAN_INT8), y,
+              Describe(isa, LMKAN_INT8, LMKAN_FLOAT32, LMKAN_COPY) + ", largest integers");
+}
+
 // AUTO is one of the instruction sets that this processor has, to the last bit.
 void TestAuto(lmkan_isa isa) {
   for (const int64_t outputs : {1, 8, 9, 16, 129}) {
     const Shape shape = {5, 8, outputs, 19};
-    const Array table = MakeTable(shape, LMKAN_FLOAT32, 1);
+    const Table table = MakeTable(shape, LMKAN_FLOAT32, 1);
     const Array x = MakeX(shape, LMKAN_FLOAT32, 2);
-    const TableHandle chosen =
-        CreateTable(shape, LMKAN_FLOAT32, table.data(), LMKAN_COPY, LMKAN_ISA_AUTO);
-    const TableHandle named = CreateTable(shape, LMKAN_FLOAT32, table.data(), LMKAN_COPY, isa);
+    const TableHandle chosen = CreateTable(table, LMKAN_COPY, LMKAN_ISA_AUTO);
+    const TableHandle named = CreateTable(table, LMKAN_COPY, isa);
     if (chosen == nullptr || named == nullptr) return;
     const char* name = lmkan_cpu_table_isa(chosen.get());
     bool known = false;
@@ -102,6 +135,7 @@ int main(int argc, char** argv) {
   return RunForIsa(argc, argv, [](lmkan_isa isa) {
     uint64_t seed = 0;
     for (const Shape& shape : MakeShapes()) TestShape(shape, isa, seed += 2);
+    TestLargestIntegers(isa);
     TestAuto(isa);
   });
 }

@@ -13,7 +13,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from lmkan_deploy.converters.onnx_function import attach_function
-from lmkan_deploy.converters.passes.base import Outcome, Pass, infer_lookup_shapes
+from lmkan_deploy.converters.passes.base import Outcome, Pass, infer_lookup_shapes, name_standard_domain
 from lmkan_deploy.converters.passes.clean_up import clean_up
 from lmkan_deploy.converters.passes.drop_constant_pairs import drop_constant_pairs
 from lmkan_deploy.converters.passes.fold_linear_branch import fold_linear_branch
@@ -71,6 +71,7 @@ def run_passes(model: ir.Model, passes: Collection[Pass] = PASSES) -> dict[str, 
     Returns:
         Pass name -> what it did in all rounds, and what it refused in the last one.
     """
+    name_standard_domain(model)
     outcomes = {item.name: Outcome() for item in passes}
     changed = True
     while changed:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lmkan_deploy.converters.onnx_function import is_lookup
+from lmkan_deploy.converters.onnx_function import is_lookup, is_quantized_lookup
 
 
 @dataclass
@@ -43,8 +43,28 @@ class Pass:
 
 
 def lookups(model: ir.Model) -> Iterator[ir.Node]:
-    """Lookup nodes of the main graph, safe against changes of the graph meanwhile."""
-    yield from [node for node in model.graph if is_lookup(node)]
+    """Lookup nodes of the main graph, safe against changes of the graph meanwhile.
+
+    A node without x or table is not one: what is wrong with it is for the runtime to say.
+    """
+    yield from [
+        node for node in model.graph if is_lookup(node) and len(node.inputs) == 2 and None not in node.inputs
+    ]
+
+
+def name_standard_domain(model: ir.Model) -> None:
+    """Renames the domain "ai.onnx" to "", the name of the same domain that passes and tools look for."""
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        if "ai.onnx" in graph.opset_imports:
+            graph.opset_imports.setdefault("", graph.opset_imports.pop("ai.onnx"))
+        for node in graph.all_nodes():
+            node.domain = "" if node.domain == "ai.onnx" else node.domain
+
+
+def all_lookups(model: ir.Model) -> list[ir.Node]:
+    """Lookup nodes of the main graph, those with int8 tables too."""
+    return [node for node in model.graph if is_lookup(node) or is_quantized_lookup(node)]
 
 
 def infer_lookup_shapes(model: ir.Model) -> None:
@@ -60,12 +80,18 @@ def infer_lookup_shapes(model: ir.Model) -> None:
 
 def is_op(node: ir.Node | None, *op_types: str) -> bool:
     """Whether a node is a standard operator of one of these types."""
-    return node is not None and node.domain in ("", "ai.onnx") and node.op_type in op_types
+    return node is not None and node.domain == "" and node.op_type in op_types
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
-    """The array of an initializer or constant, None for anything else."""
+    """The array of an initializer or constant, None for anything else.
+
+    An initializer that is an input too is a default, which a caller may override: not a constant.
+    """
     if value is None or value.is_graph_input():
+        return None
+    node = value.producer()
+    if is_op(node, "Constant") and node is not None and "sparse_value" in node.attributes:
         return None
     tensor = ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
@@ -82,9 +108,36 @@ def name_of(node: ir.Node) -> str:
 
 
 def float32_table(node: ir.Node) -> NDArray[np.float32] | None:
-    """A lookup node's constant float32 table, None when it is computed or of another type."""
-    table = constant(node.inputs[1])
-    return table if table is not None and table.dtype == np.float32 else None
+    """A lookup node's constant float32 table, None when it is computed, or of another type or shape."""
+    table = constant(node.inputs[1]) if len(node.inputs) == 2 else None
+    if table is None or table.dtype != np.float32 or table.ndim != 4:
+        return None
+    return table if table.shape[1] == table.shape[2] > 3 and 0 not in table.shape else None
+
+
+def fresh_name(graph: ir.Graph, base: str) -> str:
+    """`base`, with underscores until no value or node of the graph or of a graph inside it is called that."""
+    taken = {node.name for node in graph.all_nodes()}
+    for part in (graph, *graph.subgraphs()):
+        taken.update(value.name for value in part.inputs)
+        taken.update(part.initializers)
+    for node in graph.all_nodes():
+        taken.update(value.name for value in node.outputs)
+    while base in taken:
+        base += "_"
+    return base
+
+
+def table_dtype_of(node: ir.Node) -> str:
+    """NumPy's name of the type of a lookup node's table."""
+    table = node.inputs[1]
+    return "float32" if table is None or table.dtype is None else dtype_name(table.dtype)
+
+
+def dtype_name(dtype: ir.DataType) -> str:
+    """NumPy's name of an ONNX type."""
+    name = dtype.name.lower()
+    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 def replace_table(graph: ir.Graph, node: ir.Node, table: NDArray[Any]) -> None:
@@ -95,27 +148,27 @@ def replace_table(graph: ir.Graph, node: ir.Node, table: NDArray[Any]) -> None:
     if used_once(old) and old.is_initializer():
         node.replace_input_with(1, None)
         graph.initializers.pop(name, None)
-    while name in graph.initializers:
-        name += "_"
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(table.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(table.dtype)),
-        const_value=ir.Tensor(np.ascontiguousarray(table), name=name),
-    )
-    graph.register_initializer(value)
-    node.replace_input_with(1, value)
+    node.replace_input_with(1, add_constant(graph, name, table))
 
 
-def add_constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
-    """A new initializer under a name derived from `name`."""
-    while name in graph.initializers:
-        name += "_"
+def add_constant(
+    graph: ir.Graph, name: str, array: NDArray[Any], dtype: ir.DataType | None = None
+) -> ir.Value:
+    """A new initializer under a name derived from `name`.
+
+    Args:
+        graph: Gets the initializer.
+        name: Tried first; see `fresh_name`.
+        array: Its value.
+        dtype: Its type, where that of the array does not say it; None takes the array's.
+    """
+    name = fresh_name(graph, name)
+    dtype = ir.DataType.from_numpy(array.dtype) if dtype is None else dtype
     value = ir.Value(
         name=name,
         shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        const_value=ir.Tensor(array, name=name),
+        type=ir.TensorType(dtype),
+        const_value=ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name),
     )
     graph.register_initializer(value)
     return value
@@ -129,7 +182,7 @@ def bypass(node: ir.Node, replacement: ir.Value) -> None:
     output, graph = node.outputs[0], node.graph
     assert graph is not None
     if output.is_graph_output() and (replacement.producer() is None or replacement.is_graph_output()):
-        identity = ir.node("Identity", [replacement], name=f"{name_of(node)}.identity")
+        identity = ir.node("Identity", [replacement], name=fresh_name(graph, f"{name_of(node)}.identity"))
         identity.outputs[0].type = output.type
         graph.insert_before(node, identity)
         replacement = identity.outputs[0]
@@ -137,6 +190,7 @@ def bypass(node: ir.Node, replacement: ir.Value) -> None:
         name, output.name = output.name, None
         replacement.name = name
         replacement.shape = output.shape if replacement.shape is None else replacement.shape
+        replacement.type = output.type if replacement.type is None else replacement.type
     ir.convenience.replace_all_uses_with(output, replacement, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 

@@ -14,6 +14,7 @@ from lmkan_deploy.converters.passes.base import (
     Outcome,
     add_constant,
     float32_table,
+    fresh_name,
     lookups,
     name_of,
     replace_table,
@@ -29,7 +30,7 @@ def drop_constant_pairs(model: ir.Model) -> Outcome:
         if table is None:
             continue
         flat = table.reshape(len(table), -1, table.shape[-1])
-        is_constant = (flat == flat[:, :1]).all(axis=(1, 2))
+        is_constant = (flat == flat[:, :1]).all(axis=(1, 2)) & np.isfinite(flat[:, 0]).all(axis=1)
         if is_constant.all():
             is_constant[0] = False
         if not is_constant.any():
@@ -55,10 +56,9 @@ def _keep_features(graph: ir.Graph, node: ir.Node, features: np.ndarray) -> None
                 x.shape = ir.Shape([*x.shape[:-1], len(features)])
             return
     name = f"{name_of(node)}.features"
-    gather = ir.node(
-        "Gather", [x, add_constant(graph, name, features.astype(np.int64))], {"axis": -1}, name=name
-    )
-    gather.outputs[0].name = f"{name}.kept"
+    indices = add_constant(graph, name, features.astype(np.int64))
+    gather = ir.node("Gather", [x, indices], {"axis": -1}, name=fresh_name(graph, f"{name}.gather"))
+    gather.outputs[0].name = fresh_name(graph, f"{name}.kept")
     gather.outputs[0].type = x.type
     if x.shape is not None:
         gather.outputs[0].shape = ir.Shape([*x.shape[:-1], len(features)])

@@ -63,7 +63,11 @@ def fold_linear_branch(model: ir.Model) -> Outcome:
                 break
             table = float32_table(lookup)
             assert table is not None
-            replace_table(model.graph, lookup, _with_branch(table, branch))
+            folded = _with_branch(table, branch)
+            if not np.isfinite(folded).all():
+                outcome.refused.append(f"{name_of(lookup)}: {form} stays: the table would not be finite")
+                break
+            replace_table(model.graph, lookup, folded)
             bypass(node, lookup_side)
             outcome.applied.append(f"{name_of(lookup)}: {form}")
             break
@@ -90,12 +94,13 @@ def _with_branch(table: NDArray[np.float32], branch: Linear) -> NDArray[np.float
     result = np.empty_like(table)
     for pair in range(len(table)):
         first, second = branch.weight[2 * pair], branch.weight[2 * pair + 1]
-        result[pair] = (
-            table[pair].astype(np.float64)
-            + values[:, None, None] * first
-            + values[None, :, None] * second
-            + branch.bias / len(table)
-        )
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for what is not finite
+            result[pair] = (
+                table[pair].astype(np.float64)
+                + values[:, None, None] * first
+                + values[None, :, None] * second
+                + branch.bias / len(table)
+            )
     return result
 
 

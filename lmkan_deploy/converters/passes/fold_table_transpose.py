@@ -9,48 +9,40 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from lmkan_deploy.converters.passes.base import Outcome, is_op, lookups, name_of
+from lmkan_deploy.converters.passes.base import Outcome, add_constant, is_op, lookups, name_of
 
 
 def fold_table_transpose(model: ir.Model) -> Outcome:
     """Folds transposes between an initializer and a lookup node's table input."""
     outcome = Outcome()
-    folded: dict[ir.Value, ir.Value] = {}
+    folded: dict[tuple[ir.Value, tuple[int, ...]], ir.Value] = {}
     for node in lookups(model):
         table = node.inputs[1]
-        source = None if table is None else _transposed_initializer(table)
-        if table is None or source is None:
+        transpose = None if table is None else table.producer()
+        if transpose is None or not is_op(transpose, "Transpose"):
             continue
-        if table not in folded:
-            folded[table] = _add_transposed(model.graph, table, source)
-            outcome.applied.append(name_of(node))
-        node.replace_input_with(1, folded[table])
+        source = transpose.inputs[0]
+        if source is None or source.const_value is None or not source.is_initializer():
+            continue
+        if source.is_graph_input():
+            outcome.refused.append(
+                f"{name_of(node)}: Transpose stays: {source.name} is an input of the model, whose value a "
+                "caller may override"
+            )
+            continue
+        rank = len(source.const_value.shape)
+        permutation = tuple(transpose.attributes.get_ints("perm", tuple(reversed(range(rank)))))
+        if (source, permutation) not in folded:
+            folded[source, permutation] = _add_transposed(model.graph, source, permutation)
+        node.replace_input_with(1, folded[source, permutation])
+        outcome.applied.append(name_of(node))
     return outcome
 
 
-def _transposed_initializer(table: ir.Value) -> ir.Value | None:
-    node = table.producer()
-    if node is None or not is_op(node, "Transpose"):
-        return None
-    source = node.inputs[0]
-    return (
-        source if source is not None and source.is_initializer() and source.const_value is not None else None
-    )
-
-
-def _add_transposed(graph: ir.Graph, table: ir.Value, source: ir.Value) -> ir.Value:
-    node, tensor = table.producer(), source.const_value
-    assert node is not None
+def _add_transposed(graph: ir.Graph, source: ir.Value, permutation: tuple[int, ...]) -> ir.Value:
+    tensor = source.const_value
     assert tensor is not None
-    permutation = node.attributes.get_ints("perm", tuple(reversed(range(len(tensor.shape)))))
     # PyTorch layers lay their memory out for this permutation, so the copy is usually none.
-    array = np.ascontiguousarray(np.transpose(tensor.numpy(), permutation))
-    name = f"{source.name}.table"
-    result = ir.Value(
-        name=name,
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(tensor.dtype),
-        const_value=ir.Tensor(array, dtype=tensor.dtype, name=name),
+    return add_constant(
+        graph, f"{source.name}.table", np.transpose(tensor.numpy(), permutation), ir.DataType(tensor.dtype)
     )
-    graph.register_initializer(result)
-    return result

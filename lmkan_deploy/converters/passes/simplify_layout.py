@@ -17,6 +17,7 @@ from lmkan_deploy.converters.passes.base import (
     Outcome,
     add_constant,
     bypass,
+    fresh_name,
     is_op,
     name_of,
     used_once,
@@ -230,14 +231,14 @@ def _replace(graph: ir.Graph, chain: list[ir.Node], steps: list[Step]) -> None:
     value, last = chain[0].inputs[0], chain[-1]
     assert value is not None
     for index, (kind, numbers) in enumerate(steps):
-        name = f"{name_of(last)}.{index}"
+        name = fresh_name(graph, f"{name_of(last)}.{index}")
         if kind == "Transpose":
             node = ir.node("Transpose", [value], {"perm": numbers}, name=name)
         else:
             shape = add_constant(graph, f"{name}.shape", np.array(numbers, np.int64))
             node = ir.node("Reshape", [value, shape], name=name)
         result = node.outputs[0]
-        result.name, result.type = f"{name}.output", value.type
+        result.name, result.type = fresh_name(graph, f"{name}.output"), value.type
         if kind == "Transpose" and value.shape is not None:
             result.shape = ir.Shape([value.shape[i] for i in numbers])
         elif index == len(steps) - 1:

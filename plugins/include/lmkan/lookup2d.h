@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 /* Raised with every incompatible change of this header. */
-#define LMKAN_ABI_VERSION 1
+#define LMKAN_ABI_VERSION 2
 
 /* The types are integers, so that any number that a caller passes has a meaning here, if only that
  * of an invalid argument. */
@@ -38,16 +38,18 @@ enum {
   LMKAN_UNSUPPORTED = 3 /* the processor lacks the requested instruction set */
 };
 
+/* Element types. INT8 is for tables alone: an entry is its integer times the scale of its pair and
+ * output. */
 typedef int32_t lmkan_dtype;
-enum { LMKAN_FLOAT32 = 0, LMKAN_FLOAT16 = 1, LMKAN_BFLOAT16 = 2 };
+enum { LMKAN_FLOAT32 = 0, LMKAN_FLOAT16 = 1, LMKAN_BFLOAT16 = 2, LMKAN_INT8 = 3 };
 
 /* Instruction sets; AUTO takes the best one that the processor has. */
 typedef int32_t lmkan_isa;
 enum { LMKAN_ISA_AUTO = 0, LMKAN_ISA_PORTABLE = 1, LMKAN_ISA_AVX2 = 2, LMKAN_ISA_AVX512 = 3 };
 
 /* COPY repacks the table for the kernels and lets go of the caller's memory. BORROW reads the
- * caller's memory where its layout allows that (no copy, somewhat slower lookups); the caller keeps
- * it alive and unchanged for the life of the handle. */
+ * caller's memory where its type and layout allow that (no copy, somewhat slower lookups); the
+ * caller keeps it alive and unchanged for the life of the handle. */
 typedef int32_t lmkan_ownership;
 enum { LMKAN_COPY = 0, LMKAN_BORROW = 1 };
 
@@ -58,6 +60,7 @@ typedef struct lmkan_table_desc {
   int64_t num_pairs;   /* N_in / 2, at least 1 */
   int64_t num_grids;   /* cells along an axis, at least 3 */
   int64_t num_outputs; /* at least 1 */
+  const float* scales; /* [num_pairs][num_outputs] of an INT8 table; otherwise NULL */
 } lmkan_table_desc;
 
 /* A table made ready for lookups. Immutable: any number of threads may use one handle. */

@@ -10,6 +10,7 @@
 //   V::LoadFour(const float*) four values, repeated in every quarter of four lanes
 //   V::Repeat<i>(Reg)         lane i of each quarter in all four lanes of that quarter
 //   V::Add  V::Subtract  V::Multiply  V::MultiplyAdd(a, b, c) = a * b + c
+// and for INT8 tables what accumulate_int8.h says.
 //
 // Every path adds up an output in the same order (the corners of a pair in the table's order, then
 // the pairs ascending), so a row's result depends neither on the batch it came in nor on how the
@@ -20,20 +21,16 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <type_traits>
 #include <utility>
 
+#include "accumulate_int8.h"
 #include "float16.h"
+#include "inlining.h"
 #include "kernel.h"
 
 namespace lmkan::cpu {
 namespace {
-
-// Compilers give up on inlining when a template has many instances; a call would spill the sums.
-#if defined(_MSC_VER)
-#define LMKAN_ALWAYS_INLINE __forceinline
-#else
-#define LMKAN_ALWAYS_INLINE inline __attribute__((always_inline))
-#endif
 
 inline constexpr int64_t kCacheLine = 64;
 
@@ -73,9 +70,9 @@ class Prefetcher {
   LMKAN_ALWAYS_INLINE void Corners(int64_t pair) const {
     const int64_t first = pair * strides_.pair + record_->cell[pair] * strides_.cell;
     for (const int64_t line : {int64_t{0}, strides_.line}) {
-      for (const int64_t cell : {int64_t{0}, strides_.cell}) {
-        PrefetchToL2(address_ + static_cast<uintptr_t>(first + line + cell) * sizeof(T));
-      }
+      PrefetchToL2(address_ + static_cast<uintptr_t>(first + line) * sizeof(T));
+      if (std::is_same_v<T, Int8Pair>) continue;  // has its neighbour beside it
+      PrefetchToL2(address_ + static_cast<uintptr_t>(first + line + strides_.cell) * sizeof(T));
     }
   }
 
@@ -138,28 +135,37 @@ LMKAN_ALWAYS_INLINE void AddPairs(const T* slices, const TableStrides& strides,
 
 // Adds the first kPairs pairs of a group.
 template <class V, class T, int kPairs, int kVectors>
-LMKAN_ALWAYS_INLINE void AddGroup(const T* slices, const TableStrides& strides,
+LMKAN_ALWAYS_INLINE void AddGroup(const T* slices, const float* scales, const TableStrides& strides,
                                   const CellRecord& record, typename V::Reg (&sums)[kVectors]) {
-  AddPairs<V, T>(slices, strides, record, sums, std::make_integer_sequence<int, kPairs>());
+  constexpr std::make_integer_sequence<int, kPairs> pairs;
+  if constexpr (std::is_same_v<T, Int8Pair>) {
+    AddInt8Pairs<V>(slices, scales, strides, record, sums, pairs);
+  } else {
+    static_cast<void>(scales);
+    AddPairs<V, T>(slices, strides, record, sums, pairs);
+  }
 }
 
 // One group of pairs, all rows.
 template <class V, class T, int kVectors, int kPairs>
 void AccumulateGroup(const AccumulateArgs& args) {
   const T* slices = static_cast<const T*>(args.slices);
+  const float* scales = args.scales;
   const TableStrides strides = args.strides;
   Prefetcher<T> prefetcher(args);
   const CellRecord* record = args.records;
   // Copies, because the compiler must assume that the stores below change args.
   const bool is_first = args.is_first;
   const int64_t rows = args.rows;
-  float* out = args.sums;
-  for (int64_t r = 0; r < rows; ++r, ++record, out += kVectors * V::kLanes) {
+  const float* in = args.sums;
+  float* out = args.out;
+  const int64_t out_stride = args.out_stride;
+  for (int64_t r = 0; r < rows; ++r, ++record, in += kVectors * V::kLanes, out += out_stride) {
     typename V::Reg sums[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      sums[v] = is_first ? V::Zero() : V::Load(out + v * V::kLanes);
+      sums[v] = is_first ? V::Zero() : V::Load(in + v * V::kLanes);
     }
-    AddGroup<V, T, kPairs>(slices, strides, *record, sums);
+    AddGroup<V, T, kPairs>(slices, scales, strides, *record, sums);
     for (int v = 0; v < kVectors; ++v) V::Store(out + v * V::kLanes, sums[v]);
     // After the row, not before it: its loads come first.
     prefetcher.Row();
@@ -172,22 +178,24 @@ void AccumulateRow(const AccumulateRowArgs& args) {
   typename V::Reg sums[kVectors];
   for (int v = 0; v < kVectors; ++v) sums[v] = V::Zero();
   const T* slices = static_cast<const T*>(args.slices);
+  const float* scales = args.scales;
   const CellRecord* record = args.records;
   const TableStrides strides = args.strides;
   for (int64_t g = args.num_pairs / kGroupPairs; g > 0; --g) {
-    AddGroup<V, T, kGroupPairs>(slices, strides, *record, sums);
+    AddGroup<V, T, kGroupPairs>(slices, scales, strides, *record, sums);
     slices += kGroupPairs * strides.pair;
+    if (std::is_same_v<T, Int8Pair>) scales += kGroupPairs * kVectors * V::kLanes;
     record += args.record_stride;
   }
   switch (args.num_pairs % kGroupPairs) {
     case 1:
-      AddGroup<V, T, 1>(slices, strides, *record, sums);
+      AddGroup<V, T, 1>(slices, scales, strides, *record, sums);
       break;
     case 2:
-      AddGroup<V, T, 2>(slices, strides, *record, sums);
+      AddGroup<V, T, 2>(slices, scales, strides, *record, sums);
       break;
     case 3:
-      AddGroup<V, T, 3>(slices, strides, *record, sums);
+      AddGroup<V, T, 3>(slices, scales, strides, *record, sums);
       break;
     default:
       break;

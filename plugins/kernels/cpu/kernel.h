@@ -2,6 +2,7 @@
 //
 // A lookup of a chunk of rows has three steps:
 //   find_cells   x -> for every row and pair the cell and the position inside it
+//                (for INT8 tables round_weights then turns the positions into weights)
 //   accumulate   for one block of outputs: sum of weights * corners into a float32 buffer
 //   store        float32 buffer -> y
 // The driver (lookup2d.cc) is the same for all instruction sets and never sees a vector type.
@@ -18,12 +19,32 @@ inline constexpr int kGroupPairs = 4;
 // Outputs of the widest block.
 inline constexpr int kMaxBlockOutputs = 32;
 
-// Cells of kGroupPairs neighbouring pairs of one row, and the positions inside them.
+// Cells of kGroupPairs neighbouring pairs of one row, and the positions inside them. round_weights
+// replaces the positions by two 16-bit weights for each pair and line; a record whose weights don't
+// fit keeps its positions, and its first cell is complemented, so that it is negative.
 struct alignas(16) CellRecord {
   int32_t cell[kGroupPairs];  // i1 * (G + 1) + i2
-  float position1[kGroupPairs];
-  float position2[kGroupPairs];
+  union {
+    float position1[kGroupPairs];
+    int32_t weights1[kGroupPairs];  // of (i1, i2) below that of (i1, i2 + 1)
+  };
+  union {
+    float position2[kGroupPairs];
+    int32_t weights2[kGroupPairs];  // of (i1 + 1, i2) below that of (i1 + 1, i2 + 1)
+  };
 };
+
+// An entry of an INT8 table beside its neighbour along the second axis: one multiplication of
+// 16-bit integers then serves two corners.
+struct Int8Pair {
+  int8_t corner[2];  // (i1, i2), (i1, i2 + 1)
+};
+
+// Fixed-point corner weights for INT8 tables are multiples of 1 / kWeightOne.
+inline constexpr float kWeightOne = 16384.0f;
+
+// Positions within this distance of a cell's centre have weights below 2: 0.91 + 0.5 squared.
+inline constexpr float kFarthestFit = 0.91f;
 
 // A cell of an axis: position = (x - point) * inverse_width.
 struct GridCell {
@@ -51,16 +72,25 @@ struct TableStrides {
   int64_t cell;  // (i1, i2) and (i1, i2 + 1)
 };
 
+struct RoundWeightsArgs {
+  CellRecord* records;  // [rows] of one group
+  int64_t rows;
+  int64_t num_pairs;  // of the group, 1 ... kGroupPairs
+};
+
 // One pass: a group of pairs of a block, all rows.
 struct AccumulateArgs {
   const void* slices;  // the block's first corner of the group's first pair
   TableStrides strides;
+  const float* scales;        // [kGroupPairs][width] / kWeightOne of an INT8 table
   int64_t num_pairs;          // 1 ... kGroupPairs
   const CellRecord* records;  // [rows]
   int64_t rows;
-  int64_t width;  // outputs of this block, a multiple of the vector length
-  float* sums;    // [rows][width]
-  bool is_first;  // write the sums instead of adding to them
+  int64_t width;      // outputs of this block, a multiple of the vector length
+  const float* sums;  // [rows][width], of the passes before; not read by the first one
+  bool is_first;
+  float* out;  // the new sums: over the old ones, or a float32 y
+  int64_t out_stride;
   // What the next pass reads, to be fetched meanwhile: a slice as a whole, or only the corners that
   // next_records point at. Null for neither.
   const void* next_slices;
@@ -73,6 +103,7 @@ struct AccumulateArgs {
 struct AccumulateRowArgs {
   const void* slices;  // the block's first corner of pair 0
   TableStrides strides;
+  const float* scales;  // [num_pairs][width] / kWeightOne of an INT8 table
   int64_t num_pairs;
   const CellRecord* records;  // the row's record of the first group
   int64_t record_stride;      // records between two groups
@@ -96,14 +127,17 @@ struct KernelSet {
   int lanes;              // float32 values in a vector; a block's width is a multiple
   bool has_wide_vectors;  // the widest blocks of float32 have vectors of their own
   void (*find_cells[3])(const FindCellsArgs&);
-  void (*accumulate[3])(const AccumulateArgs&);
-  void (*accumulate_row[3])(const AccumulateRowArgs&);
+  void (*round_weights)(const RoundWeightsArgs&);
+  void (*accumulate[4])(const AccumulateArgs&);
+  void (*accumulate_row[4])(const AccumulateRowArgs&);
   void (*store[3])(const StoreArgs&);
 };
 
 extern const KernelSet kPortableKernels;
-#if defined(LMKAN_HAVE_X86_KERNELS)
+#if defined(LMKAN_HAVE_AVX2_KERNELS)
 extern const KernelSet kAvx2Kernels;
+#endif
+#if defined(LMKAN_HAVE_AVX512_KERNELS)
 extern const KernelSet kAvx512Kernels;
 #endif
 

@@ -10,10 +10,11 @@ const KernelSet kAvx2Kernels = {
     Avx2Vector::kLanes,
     false,
     {FindCellsAvx2<float>, FindCellsAvx2<Float16>, FindCellsAvx2<BFloat16>},
+    RoundWeights<Avx2Vector>,
     {Accumulate<Avx2Vector, float>, Accumulate<Avx2Vector, Float16>,
-     Accumulate<Avx2Vector, BFloat16>},
+     Accumulate<Avx2Vector, BFloat16>, Accumulate<Avx2Vector, Int8Pair>},
     {AccumulateOneRow<Avx2Vector, float>, AccumulateOneRow<Avx2Vector, Float16>,
-     AccumulateOneRow<Avx2Vector, BFloat16>},
+     AccumulateOneRow<Avx2Vector, BFloat16>, AccumulateOneRow<Avx2Vector, Int8Pair>},
     {StoreRows<Avx2Vector, float>, StoreRows<Avx2Vector, Float16>, StoreRows<Avx2Vector, BFloat16>},
 };
 

@@ -1,4 +1,4 @@
-// Kernels for processors with AVX-512 F, BW, DQ and VL. This file alone is compiled for them.
+// Kernels for processors with AVX-512 F, BW, DQ, VL and VNNI. This file alone is compiled for them.
 #include "accumulate.h"
 #include "avx2_vector.h"
 #include "find_cells_avx2.h"
@@ -24,6 +24,13 @@ struct Avx512Vector {
   static Reg MultiplyAdd(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
 };
 
+// Vectors of 8 for INT8 tables, with the instruction that multiplies and adds at once.
+struct VnniVector : Avx2Vector {
+  static IntReg MultiplyAddPairs(IntReg a, IntReg b, IntReg c) {
+    return _mm256_dpwssd_epi32(c, a, b);
+  }
+};
+
 // Vectors of 16 for the widest blocks, which belong to small tables. Elsewhere vectors of 8 are
 // faster: blocks of 16 outputs leave too few vectors of 16, and widening 16 halves at once is slow.
 void AccumulateFloats(const AccumulateArgs& args) {
@@ -43,9 +50,11 @@ const KernelSet kAvx512Kernels = {
     Avx2Vector::kLanes,
     true,
     {FindCellsAvx2<float>, FindCellsAvx2<Float16>, FindCellsAvx2<BFloat16>},
-    {AccumulateFloats, Accumulate<Avx2Vector, Float16>, Accumulate<Avx2Vector, BFloat16>},
+    RoundWeights<Avx2Vector>,
+    {AccumulateFloats, Accumulate<Avx2Vector, Float16>, Accumulate<Avx2Vector, BFloat16>,
+     Accumulate<VnniVector, Int8Pair>},
     {AccumulateOneRowOfFloats, AccumulateOneRow<Avx2Vector, Float16>,
-     AccumulateOneRow<Avx2Vector, BFloat16>},
+     AccumulateOneRow<Avx2Vector, BFloat16>, AccumulateOneRow<VnniVector, Int8Pair>},
     {StoreRows<Avx2Vector, float>, StoreRows<Avx2Vector, Float16>, StoreRows<Avx2Vector, BFloat16>},
 };
 

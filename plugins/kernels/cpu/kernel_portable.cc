@@ -13,7 +13,8 @@ struct PortableVector {
     float lane[kLanes];
   };
   static Reg Zero() { return {}; }
-  static Reg One() { return {{1.0f, 1.0f, 1.0f, 1.0f}}; }
+  static Reg One() { return Broadcast(1.0f); }
+  static Reg Broadcast(float value) { return {{value, value, value, value}}; }
   template <class T>
   static Reg Load(const T* values) {
     return {{ToFloat(values[0]), ToFloat(values[1]), ToFloat(values[2]), ToFloat(values[3])}};
@@ -42,6 +43,70 @@ struct PortableVector {
   static Reg MultiplyAdd(Reg a, Reg b, Reg c) {
     for (int i = 0; i < kLanes; ++i) c.lane[i] += a.lane[i] * b.lane[i];
     return c;
+  }
+
+  struct IntReg {
+    int32_t lane[kLanes];
+  };
+  static bool PositionsFit(const CellRecord& record, int64_t pairs) {
+    bool fit = true;
+    for (int64_t p = 0; p < pairs; ++p) {
+      fit &= std::fabs(record.position1[p] - 0.5f) <= kFarthestFit;
+      fit &= std::fabs(record.position2[p] - 0.5f) <= kFarthestFit;
+    }
+    return fit;
+  }
+  static int32_t PairOf(int32_t low, int32_t high) {
+    return static_cast<int32_t>((static_cast<uint32_t>(high) << 16) |
+                                (static_cast<uint32_t>(low) & 0xffffu));
+  }
+  static int32_t Low(int32_t pair) { return static_cast<int16_t>(pair & 0xffff); }
+  static int32_t High(int32_t pair) { return pair >> 16; }
+  static IntReg RoundPair(Reg a, Reg b) {
+    IntReg result;
+    for (int i = 0; i < kLanes; ++i) {
+      // Lanes without a pair may hold anything.
+      result.lane[i] = PairOf(RoundToInt16(a.lane[i]), RoundToInt16(b.lane[i]));
+    }
+    return result;
+  }
+  static int32_t RoundToInt16(float value) {
+    return std::fabs(value) < 32768.0f ? static_cast<int32_t>(std::nearbyint(value)) : 0;
+  }
+  static void StoreFour(int32_t* out, IntReg reg) {
+    for (int i = 0; i < kLanes; ++i) out[i] = reg.lane[i];
+  }
+  static IntReg BroadcastPair(int32_t pair) { return {{pair, pair, pair, pair}}; }
+  static IntReg WidenPairs(const Int8Pair* pairs) {
+    IntReg result;
+    for (int i = 0; i < kLanes; ++i) {
+      result.lane[i] = PairOf(pairs[i].corner[0], pairs[i].corner[1]);
+    }
+    return result;
+  }
+  static IntReg MultiplyPairs(IntReg a, IntReg b) {
+    for (int i = 0; i < kLanes; ++i) {
+      a.lane[i] = Low(a.lane[i]) * Low(b.lane[i]) + High(a.lane[i]) * High(b.lane[i]);
+    }
+    return a;
+  }
+  static IntReg MultiplyAddPairs(IntReg a, IntReg b, IntReg c) {
+    a = MultiplyPairs(a, b);
+    for (int i = 0; i < kLanes; ++i) a.lane[i] += c.lane[i];
+    return a;
+  }
+  static Reg ToFloats(IntReg reg) {
+    Reg result;
+    for (int i = 0; i < kLanes; ++i) result.lane[i] = static_cast<float>(reg.lane[i]);
+    return result;
+  }
+  static IntReg LowHalves(IntReg reg) {
+    for (int32_t& lane : reg.lane) lane = Low(lane);
+    return reg;
+  }
+  static IntReg HighHalves(IntReg reg) {
+    for (int32_t& lane : reg.lane) lane = High(lane);
+    return reg;
   }
 };
 
@@ -81,10 +146,11 @@ const KernelSet kPortableKernels = {
     PortableVector::kLanes,
     false,
     {FindCells<float>, FindCells<Float16>, FindCells<BFloat16>},
+    RoundWeights<PortableVector>,
     {Accumulate<PortableVector, float>, Accumulate<PortableVector, Float16>,
-     Accumulate<PortableVector, BFloat16>},
+     Accumulate<PortableVector, BFloat16>, Accumulate<PortableVector, Int8Pair>},
     {AccumulateOneRow<PortableVector, float>, AccumulateOneRow<PortableVector, Float16>,
-     AccumulateOneRow<PortableVector, BFloat16>},
+     AccumulateOneRow<PortableVector, BFloat16>, AccumulateOneRow<PortableVector, Int8Pair>},
     {StoreRows<PortableVector, float>, StoreRows<PortableVector, Float16>,
      StoreRows<PortableVector, BFloat16>},
 };

@@ -45,6 +45,10 @@ int64_t NumGroups(const lmkan_cpu_table& table) {
   return (table.num_pairs + kGroupPairs - 1) / kGroupPairs;
 }
 
+int64_t PairsOf(const lmkan_cpu_table& table, int64_t group) {
+  return std::min<int64_t>(kGroupPairs, table.num_pairs - group * kGroupPairs);
+}
+
 int64_t ChunkRows(const lmkan_cpu_table& table) {
   const int64_t bytes = NumGroups(table) * static_cast<int64_t>(sizeof(CellRecord));
   return std::clamp<int64_t>(kMostRecordBytes / bytes, 64, kMostChunkRows);
@@ -85,17 +89,21 @@ class Scratch {
 // One group of pairs of one block.
 struct Slice {
   const char* data;
+  const float* scales;  // of INT8 tables; otherwise null
   int64_t pairs;
   int64_t bytes;
 };
 
 Slice SliceOf(const lmkan_cpu_table& table, const Block& block, int64_t group) {
   const int64_t first_pair = group * kGroupPairs;
-  const int64_t element = DtypeSize(table.dtype);
-  const int64_t pairs = std::min<int64_t>(kGroupPairs, table.num_pairs - first_pair);
-  return {static_cast<const char*>(table.data) +
-              (block.offset + first_pair * block.strides.pair) * element,
-          pairs, pairs * block.strides.pair * element};
+  const int64_t element = table.element_size();
+  const int64_t pairs = PairsOf(table, group);
+  const char* data = static_cast<const char*>(table.data) +
+                     (block.offset + first_pair * block.strides.pair) * element;
+  const float* scales = table.scales == nullptr
+                            ? nullptr
+                            : table.scales.get() + block.scales + first_pair * block.width;
+  return {data, scales, pairs, pairs * block.strides.pair * element};
 }
 
 void FindCells(const lmkan_cpu_table& table, lmkan_dtype dtype, const char* x, int64_t rows,
@@ -107,20 +115,42 @@ void FindCells(const lmkan_cpu_table& table, lmkan_dtype dtype, const char* x, i
   args.grid = table.grid();
   args.records = records;
   table.kernels->find_cells[dtype](args);
+  if (table.dtype != LMKAN_INT8) return;
+  for (int64_t g = 0; g < NumGroups(table); ++g) {
+    table.kernels->round_weights({records + g * rows, rows, PairsOf(table, g)});
+  }
+}
+
+// Where the sums of a block go: to y where that is float32 and takes whole vectors, otherwise to
+// the scratch memory, from which Store takes them.
+struct Sums {
+  float* data;
+  int64_t stride;
+  bool in_scratch;
+};
+
+Sums SumsOf(const lmkan_cpu_table& table, lmkan_dtype dtype, const Block& block,
+            const Scratch& scratch, char* y) {
+  if (dtype != LMKAN_FLOAT32 || block.outputs != block.width) {
+    return {scratch.sums(), block.width, true};
+  }
+  return {reinterpret_cast<float*>(y) + block.first_output, table.num_outputs, false};
 }
 
 // A block row by row.
 void AccumulateFewRows(const lmkan_cpu_table& table, const Block& block, int64_t rows,
-                       const Scratch& scratch) {
+                       const Scratch& scratch, const Sums& sums) {
   AccumulateRowArgs args;
-  args.slices = SliceOf(table, block, 0).data;
+  const Slice slice = SliceOf(table, block, 0);
+  args.slices = slice.data;
   args.strides = block.strides;
+  args.scales = slice.scales;
   args.num_pairs = table.num_pairs;
   args.record_stride = rows;
   args.width = block.width;
   for (int64_t r = 0; r < rows; ++r) {
     args.records = scratch.records() + r;
-    args.sums = scratch.sums() + r * block.width;
+    args.sums = sums.data + r * sums.stride;
     table.kernels->accumulate_row[table.dtype](args);
   }
 }
@@ -141,19 +171,22 @@ void FetchNext(const lmkan_cpu_table& table, const Block& block, int64_t group,
 
 // A block group by group. After the last group comes the first of `next_block`, if there is one.
 void AccumulateManyRows(const lmkan_cpu_table& table, const Block& block, const Block* next_block,
-                        int64_t rows, const Scratch& scratch) {
+                        int64_t rows, const Scratch& scratch, const Sums& sums) {
   const int64_t groups = NumGroups(table);
   for (int64_t g = 0; g < groups; ++g) {
     const Slice slice = SliceOf(table, block, g);
     AccumulateArgs args = {};
     args.slices = slice.data;
     args.strides = block.strides;
+    args.scales = slice.scales;
     args.num_pairs = slice.pairs;
     args.records = scratch.records() + g * rows;
     args.rows = rows;
     args.width = block.width;
     args.sums = scratch.sums();
     args.is_first = g == 0;
+    args.out = g + 1 < groups ? scratch.sums() : sums.data;
+    args.out_stride = g + 1 < groups ? block.width : sums.stride;
     if (g + 1 < groups) {
       FetchNext(table, block, g + 1, scratch, &args);
     } else if (next_block != nullptr) {
@@ -192,15 +225,16 @@ lmkan_status RunTask(const lmkan_cpu_table& table, lmkan_dtype dtype, const char
     char* const chunk_y = y + first * table.num_outputs * DtypeSize(dtype);
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       const Block block = table.block(b);
+      const Sums sums = SumsOf(table, dtype, block, scratch, chunk_y);
       if (count < kFewRows) {
-        AccumulateFewRows(table, block, count, scratch);
+        AccumulateFewRows(table, block, count, scratch, sums);
       } else {
         const bool is_last_block = b + 1 == blocks.end;
         const Block next = table.block(is_last_block ? blocks.begin : b + 1);
         AccumulateManyRows(table, block, is_last_block && is_last_chunk ? nullptr : &next, count,
-                           scratch);
+                           scratch, sums);
       }
-      Store(table, dtype, block, count, scratch, chunk_y);
+      if (sums.in_scratch) Store(table, dtype, block, count, scratch, chunk_y);
     }
   }
   return LMKAN_OK;

@@ -38,40 +38,35 @@ void* AllocateAligned(size_t bytes) {
 
 namespace {
 
-size_t ElementSize(lmkan_dtype dtype) { return dtype == LMKAN_FLOAT32 ? 4 : 2; }
+// Bytes of an element of the caller's table.
+size_t ElementSize(lmkan_dtype dtype) {
+  return dtype == LMKAN_FLOAT32 ? 4 : dtype == LMKAN_INT8 ? 1 : 2;
+}
 
-#if defined(LMKAN_HAVE_X86_KERNELS)
+#if defined(LMKAN_HAVE_AVX2_KERNELS)
 bool HasAvx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
+#endif
 
+#if defined(LMKAN_HAVE_AVX512_KERNELS)
 bool HasAvx512() {
   return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 #endif
 
-// The kernels for a request, null when the processor lacks them.
+// The kernels for a request, null when the processor or the build lacks them.
 const KernelSet* SelectKernels(lmkan_isa isa) {
-  switch (isa) {
-    case LMKAN_ISA_PORTABLE:
-      return &kPortableKernels;
-#if defined(LMKAN_HAVE_X86_KERNELS)
-    case LMKAN_ISA_AVX2:
-      return HasAvx2() ? &kAvx2Kernels : nullptr;
-    case LMKAN_ISA_AVX512:
-      return HasAvx512() ? &kAvx512Kernels : nullptr;
-    case LMKAN_ISA_AUTO:
-      if (HasAvx512()) return &kAvx512Kernels;
-      return HasAvx2() ? &kAvx2Kernels : &kPortableKernels;
-#else
-    case LMKAN_ISA_AUTO:
-      return &kPortableKernels;
+#if defined(LMKAN_HAVE_AVX512_KERNELS)
+  if ((isa == LMKAN_ISA_AVX512 || isa == LMKAN_ISA_AUTO) && HasAvx512()) return &kAvx512Kernels;
 #endif
-    default:
-      return nullptr;
-  }
+#if defined(LMKAN_HAVE_AVX2_KERNELS)
+  if ((isa == LMKAN_ISA_AVX2 || isa == LMKAN_ISA_AUTO) && HasAvx2()) return &kAvx2Kernels;
+#endif
+  return isa == LMKAN_ISA_PORTABLE || isa == LMKAN_ISA_AUTO ? &kPortableKernels : nullptr;
 }
 
 // σ⁻¹(level) for the grid's σ(x) = ½·e^x (x ≤ 0), 1 − ½·e^−x (x > 0).
@@ -111,10 +106,16 @@ lmkan_status CheckDesc(const lmkan_table_desc* desc, const Message& message) {
   if (desc == nullptr || desc->data == nullptr) {
     return Fail(LMKAN_INVALID_ARGUMENT, message, "expected a table, found a null pointer");
   }
-  if (desc->dtype < LMKAN_FLOAT32 || desc->dtype > LMKAN_BFLOAT16) {
+  if (desc->dtype < LMKAN_FLOAT32 || desc->dtype > LMKAN_INT8) {
     return Fail(LMKAN_INVALID_ARGUMENT, message,
-                "expected a table of float32 (0), float16 (1) or bfloat16 (2), found dtype %d",
+                "expected a table of float32 (0), float16 (1), bfloat16 (2) or int8 (3), found "
+                "dtype %d",
                 desc->dtype);
+  }
+  if ((desc->dtype == LMKAN_INT8) != (desc->scales != nullptr)) {
+    return Fail(LMKAN_INVALID_ARGUMENT, message,
+                "expected scales for a table of int8 and for no other, found dtype %d %s scales",
+                desc->dtype, desc->scales == nullptr ? "without" : "with");
   }
   if (desc->num_pairs < 1 || desc->num_outputs < 1) {
     return Fail(LMKAN_INVALID_ARGUMENT, message,
@@ -139,7 +140,7 @@ lmkan_status CheckDesc(const lmkan_table_desc* desc, const Message& message) {
   return LMKAN_OK;
 }
 
-void Pack(const lmkan_cpu_table& table, const char* from, char* to) {
+void PackFloats(const lmkan_cpu_table& table, const char* from, char* to) {
   const size_t element = ElementSize(table.dtype);
   for (int64_t b = 0; b < table.num_blocks; ++b) {
     const Block block = table.block(b);
@@ -153,6 +154,35 @@ void Pack(const lmkan_cpu_table& table, const char* from, char* to) {
   }
 }
 
+void PackInt8(const lmkan_cpu_table& table, const int8_t* from, Int8Pair* to) {
+  const int64_t points = table.num_grids + 1;
+  for (int64_t b = 0; b < table.num_blocks; ++b) {
+    const Block block = table.block(b);
+    Int8Pair* row = to + block.offset;
+    const int8_t* source = from + block.first_output;
+    for (int64_t i = 0; i < table.num_pairs * table.num_cells(); ++i) {
+      const bool has_neighbour = i % points != points - 1;  // the last point's is never read
+      for (int64_t o = 0; o < block.outputs; ++o) {
+        row[o].corner[0] = source[o];
+        row[o].corner[1] = has_neighbour ? source[o + table.num_outputs] : int8_t{0};
+      }
+      row += block.width;
+      source += table.num_outputs;
+    }
+  }
+}
+
+void PackScales(const lmkan_cpu_table& table, const float* from, float* to) {
+  for (int64_t b = 0; b < table.num_blocks; ++b) {
+    const Block block = table.block(b);
+    float* row = to + block.scales;
+    for (int64_t pair = 0; pair < table.num_pairs; ++pair, row += block.width) {
+      const float* source = from + pair * table.num_outputs + block.first_output;
+      for (int64_t o = 0; o < block.outputs; ++o) row[o] = source[o] / kWeightOne;
+    }
+  }
+}
+
 // Outputs of a block. One pass reads a group of pairs of a block, a slice: the narrower the block,
 // the nearer to the core the slice stays, and with it the next slice that is being fetched. But a
 // corner should fill a cache line.
@@ -160,8 +190,8 @@ int64_t BlockOutputs(const lmkan_cpu_table& table, lmkan_ownership ownership) {
   constexpr int64_t kCacheLine = 64;
   constexpr int64_t kSmallSlice = 96 << 10;
   // Borrowed corners lie num_outputs apart, which is no better for narrow blocks.
-  if (ownership == LMKAN_BORROW) return kMaxBlockOutputs;
-  const int64_t element = static_cast<int64_t>(ElementSize(table.dtype));
+  if (ownership == LMKAN_BORROW && table.dtype != LMKAN_INT8) return kMaxBlockOutputs;
+  const int64_t element = table.element_size();
   const int64_t widest_slice = kGroupPairs * table.num_cells() * kMaxBlockOutputs * element;
   if (table.kernels->has_wide_vectors && widest_slice <= kSmallSlice) return kMaxBlockOutputs;
   return kCacheLine / element;
@@ -203,18 +233,33 @@ lmkan_status Create(const lmkan_table_desc* desc, lmkan_ownership ownership, lmk
   FillGrid(desc->num_grids, table->grid_cells.get());
 
   // A partial vector at the end of a borrowed row would read past the table.
-  table->packed = ownership == LMKAN_COPY || desc->num_outputs % kernels->lanes != 0;
+  table->packed = ownership == LMKAN_COPY || desc->num_outputs % kernels->lanes != 0 ||
+                  desc->dtype == LMKAN_INT8;
   table->data = desc->data;
   if (table->packed) {
     const Block last = table->block(table->num_blocks - 1);
-    const size_t bytes = static_cast<size_t>(last.offset + table->num_pairs * last.strides.pair) *
-                         ElementSize(table->dtype);
+    const size_t bytes = static_cast<size_t>((last.offset + table->num_pairs * last.strides.pair) *
+                                             table->element_size());
     table->storage.reset(AllocateAligned(bytes));
     if (table->storage == nullptr) {
       return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for a table of %zu bytes", bytes);
     }
-    Pack(*table, static_cast<const char*>(desc->data), static_cast<char*>(table->storage.get()));
     table->data = table->storage.get();
+  }
+  if (desc->dtype == LMKAN_INT8) {
+    const Block last = table->block(table->num_blocks - 1);
+    const size_t bytes =
+        static_cast<size_t>(last.scales + table->num_pairs * last.width) * sizeof(float);
+    table->scales.reset(static_cast<float*>(AllocateAligned(bytes)));
+    if (table->scales == nullptr) {
+      return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for scales of %zu bytes", bytes);
+    }
+    PackScales(*table, desc->scales, table->scales.get());
+    PackInt8(*table, static_cast<const int8_t*>(desc->data),
+             static_cast<Int8Pair*>(table->storage.get()));
+  } else if (table->packed) {
+    PackFloats(*table, static_cast<const char*>(desc->data),
+               static_cast<char*>(table->storage.get()));
   }
   *result = std::move(table);
   return LMKAN_OK;
@@ -233,6 +278,7 @@ Block lmkan_cpu_table::block(int64_t index) const {
   block.strides.line = (num_grids + 1) * block.strides.cell;
   block.strides.pair = num_cells() * block.strides.cell;
   block.offset = packed ? block.first_output * num_pairs * num_cells() : block.first_output;
+  block.scales = block.first_output * num_pairs;
   return block;
 }
 

@@ -1,0 +1,255 @@
+"""What tables in fewer bits cost on real data, and the smallest ones that stay within an error."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lmkan_deploy.converters.onnx_function import attach_function
+from lmkan_deploy.converters.passes.base import (
+    add_constant,
+    all_lookups,
+    constant,
+    float32_table,
+    lookups,
+    name_of,
+    table_dtype_of,
+)
+from lmkan_deploy.converters.quantize import corner_importance
+from lmkan_deploy.converters.table_dtype import narrow_tables
+from lmkan_deploy.errors import ExportError, ModelError
+from lmkan_deploy.runtime.onnxruntime import OnnxRuntimeRunner
+from lmkan_deploy.runtime.tensors import Arrays
+from lmkan_deploy.spec import TableDtype
+from lmkan_deploy.verification import TableCost, TableCosts, verify_runners
+
+_MOST_ROWS = 1 << 16
+"""Rows of a layer's input from which entries are weighted; more change nothing and take time."""
+
+_ANY_ERROR = float(np.finfo(np.float64).max)
+
+_BY_SIZE: tuple[TableDtype, ...] = ("int8", "float16", "float32")
+"""What `choose_dtypes` chooses from. bfloat16 has float16's size and a bigger error."""
+
+Cases = Mapping[str, Arrays]
+
+
+class Calibration:
+    """A model with float32 tables, run on data.
+
+    Args:
+        model: Not changed.
+        cases: Inputs by the name of their case.
+        weighted: Whether the scales of int8 tables are those with the least error on the cases, or those
+            that clip nothing.
+
+    Raises:
+        ValueError: There are no cases.
+        ModelError: ONNX Runtime can't run the model.
+        InputError: A case does not fit its inputs.
+    """
+
+    def __init__(self, model: ir.Model, cases: Cases, *, weighted: bool = False) -> None:
+        if not cases:
+            raise ValueError("expected at least one case, found none")
+        self._model = model
+        self._cases = cases
+        self._nodes = list(lookups(model))
+        self._outputs = [str(value.name) for value in model.graph.outputs]
+        inputs, self._expected = self._run_float32()
+        self.importances = (
+            [
+                corner_importance(x, _table_shape(node)[1] - 1)
+                for x, node in zip(inputs, self._nodes, strict=True)
+            ]
+            if weighted
+            else None
+        )
+        """One for each lookup node, or None; see `quantize_table`."""
+
+    def error(self, dtypes: Sequence[TableDtype]) -> float:
+        """Largest relative error of the outputs with tables of these types, one for each lookup node.
+
+        Infinite where a table is beyond its type's range.
+        """
+        narrowed = self._model.clone()
+        if narrow_tables(narrowed, dtypes, self.importances).refused:
+            return np.inf
+        return self._error_of(narrowed)
+
+    def _error_of(self, model: ir.Model) -> float:
+        with _runner(model) as runner:
+            result = verify_runners(self._expected, [runner], self._cases, rtol=_ANY_ERROR)
+        return max((comparison.max_rel for comparison in result.comparisons), default=0.0)
+
+    def costs(
+        self, dtypes: Sequence[TableDtype], progress: Callable[[str], None] = lambda _: None
+    ) -> TableCosts:
+        """What each layer's types cost, alone.
+
+        Args:
+            dtypes: The types in use, one for each lookup node.
+            progress: Called with a line at each step.
+        """
+        result = []
+        for index, (node, wanted) in enumerate(zip(self._nodes, dtypes, strict=True)):
+            dtype: str = wanted
+            errors: dict[str, float] = {}
+            if float32_table(node) is not None:
+                others: tuple[TableDtype, ...] = ("float16", "int8", wanted)
+                for other in dict.fromkeys(others):
+                    if other == "float32":
+                        continue
+                    progress(f"measuring {name_of(node)} in {other}")
+                    alone: list[TableDtype] = ["float32"] * len(dtypes)
+                    alone[index] = other
+                    error = self.error(alone)
+                    if np.isfinite(error):
+                        errors[other] = error
+            else:
+                dtype = table_dtype_of(node)
+            result.append(TableCost(name_of(node), dtype, _bytes(node, dtype), errors))
+        return TableCosts(result, self.error(dtypes))
+
+    def costs_of(self, narrowed: ir.Model, progress: Callable[[str], None] = lambda _: None) -> TableCosts:
+        """What each narrow table of another model costs, alone.
+
+        Args:
+            narrowed: A model with lookup nodes of the same names.
+            progress: Called with a line at each step.
+
+        Raises:
+            ModelError: A lookup node has no counterpart.
+        """
+        result = []
+        others = {name_of(node): node for node in all_lookups(narrowed)}
+        for node in self._nodes:
+            other = others.get(name_of(node))
+            if other is None:
+                raise ModelError(
+                    f"expected a lookup layer {name_of(node)} in both models, found {', '.join(others) or 'none'}"
+                )
+            dtype = table_dtype_of(other)
+            errors: dict[str, float] = {}
+            if dtype != table_dtype_of(node):
+                progress(f"measuring {name_of(node)} in {dtype}")
+                errors[dtype] = self._error_of(_with_table_of(self._model, node, other))
+            result.append(TableCost(name_of(node), dtype, _bytes(other, dtype), errors))
+        return TableCosts(result, self._error_of(narrowed))
+
+    def choose(self, max_error: float, progress: Callable[[str], None] = lambda _: None) -> list[TableDtype]:
+        """The smallest type for each layer that keeps the whole model within an error.
+
+        Starts with the smallest types and widens the table that costs most until the error is met; then
+        tries to narrow again what was widened, the largest table first.
+
+        Args:
+            max_error: Largest relative error of the outputs on the data.
+            progress: Called with a line at each step.
+
+        Returns:
+            One type for each lookup node.
+
+        Raises:
+            ExportError: The error is not a positive number.
+        """
+        if not max_error > 0:
+            raise ExportError(f"expected a largest error above 0, found {max_error}")
+        alone = [cost.errors for cost in self.costs(["float32"] * len(self._nodes), progress).layers]
+        levels = [0 if errors else len(_BY_SIZE) - 1 for errors in alone]
+
+        def types() -> list[TableDtype]:
+            return [_BY_SIZE[level] for level in levels]
+
+        def cost(index: int) -> float:
+            dtype = _BY_SIZE[levels[index]]
+            return 0.0 if dtype == "float32" else alone[index].get(dtype, np.inf)
+
+        while any(levels[i] + 1 < len(_BY_SIZE) for i in range(len(levels))):
+            progress(f"trying {', '.join(types())}")
+            if self.error(types()) <= max_error:
+                break
+            levels[max(range(len(levels)), key=cost)] += 1
+        for index in sorted(range(len(levels)), key=lambda i: -_bytes(self._nodes[i], "int8")):
+            while levels[index] > 0 and alone[index]:
+                levels[index] -= 1
+                progress(f"trying {', '.join(types())}")
+                if self.error(types()) > max_error:
+                    levels[index] += 1
+                    break
+        return types()
+
+    def _run_float32(self) -> tuple[list[NDArray[Any]], dict[str, Arrays]]:
+        """Rows of every lookup node's input over all cases, and the model's outputs by case."""
+        model = self._model.clone()
+        wanted = [str(node.inputs[0].name) for node in lookups(model)]  # type: ignore[union-attr]
+        present = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
+        for node in lookups(model):
+            x = node.inputs[0]
+            if x is not None and x.name not in present:
+                model.graph.outputs.append(x)
+                present.add(x.name)
+        inputs: list[list[NDArray[Any]]] = [[] for _ in wanted]
+        expected = {}
+        with _runner(model) as runner:
+            for case, feeds in self._cases.items():
+                values = dict(feeds) | runner.run(feeds)
+                expected[case] = {name: values[name] for name in self._outputs}
+                for rows, name in zip(inputs, wanted, strict=True):
+                    rows.append(values[name].reshape(-1, values[name].shape[-1]))
+        return [_thin(np.concatenate(rows)) for rows in inputs], expected
+
+
+@contextmanager
+def _runner(model: ir.Model) -> Iterator[OnnxRuntimeRunner]:
+    """Through a file, because a large model does not fit a protobuf message."""
+    from lmkan_deploy.converters.model_file import temporary_model
+
+    with (
+        tempfile.TemporaryDirectory(prefix="lmkan-") as folder,
+        temporary_model(model, Path(folder) / "model.onnx") as file,
+    ):
+        yield OnnxRuntimeRunner(file)
+
+
+def _thin(rows: NDArray[Any]) -> NDArray[Any]:
+    """At most `_MOST_ROWS` rows, evenly spread."""
+    return rows[:: -(-len(rows) // _MOST_ROWS)] if len(rows) > _MOST_ROWS else rows
+
+
+def _with_table_of(model: ir.Model, node: ir.Node, other: ir.Node) -> ir.Model:
+    """A model in which one lookup node has the table of a node of another model."""
+    result = model.clone()
+    copy = next(n for n in lookups(result) if name_of(n) == name_of(node))
+    arrays = [constant(value) for value in other.inputs[1:]]
+    if any(array is None for array in arrays):
+        raise ModelError(f"expected a constant table of {name_of(other)}, found a computed one")
+    copy.op_type = other.op_type
+    copy.resize_inputs(len(other.inputs))
+    for index, array in enumerate(arrays, 1):
+        assert array is not None
+        copy.replace_input_with(index, add_constant(result.graph, f"{name_of(node)}.other.{index}", array))
+    attach_function(result)
+    return result
+
+
+def _table_shape(node: ir.Node) -> tuple[int, ...]:
+    table = node.inputs[1]
+    assert table is not None
+    assert table.shape is not None
+    return tuple(int(size) for size in table.shape)  # type: ignore[arg-type]
+
+
+def _bytes(node: ir.Node, dtype: str) -> int:
+    pairs, points, _, outputs = _table_shape(node)
+    entries = pairs * points * points * outputs
+    if dtype == "int8":
+        return entries + 4 * pairs * outputs
+    return entries * (4 if dtype == "float32" else 2)

@@ -1,0 +1,1 @@
+"""TensorRT engines: an ONNX model -> an engine and its manifest -> answers."""

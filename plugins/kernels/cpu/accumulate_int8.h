@@ -1,0 +1,123 @@
+// The part of accumulate.h for INT8 tables: corner weights in fixed point, products in integers.
+//
+// Widening integers to float32 one corner at a time would cost more than the sums. Neighbours along
+// the second axis lie side by side, so one instruction multiplies two corners by two 16-bit weights
+// and adds them; one conversion and one multiplication by the scale then finish a pair. Weights are
+// rounded to 1 / kWeightOne, an error of a hundredth of a step of the table. Weights of 2 and more,
+// far beyond the grid, don't fit: those groups of pairs are added in float32.
+//
+// A vector type has for this, besides what accumulate.h lists:
+//   V::PositionsFit(record, pairs)   whether every weight of the first `pairs` pairs is below 2
+//   V::IntReg                        kLanes integers of 32 bits
+//   V::RoundPair(Reg a, Reg b)       integers nearest to a and b, in the low and high half of lanes
+//   V::StoreFour(int32_t*, IntReg)   the first four lanes
+//   V::BroadcastPair(int32_t)        in all lanes
+//   V::WidenPairs(const Int8Pair*)   kLanes pairs as 16-bit integers, in the halves of each lane
+//   V::MultiplyPairs(a, b)           products of both halves, added: one integer a lane
+//   V::MultiplyAddPairs(a, b, c)     the same plus c
+//   V::ToFloats(IntReg)
+//   V::LowHalves(IntReg)  V::HighHalves(IntReg)   of each lane, sign-extended
+#ifndef LMKAN_KERNELS_CPU_ACCUMULATE_INT8_H_
+#define LMKAN_KERNELS_CPU_ACCUMULATE_INT8_H_
+
+#include <utility>
+
+#include "inlining.h"
+#include "kernel.h"
+
+namespace lmkan::cpu {
+namespace {
+
+// Weights of the four corners times kWeightOne; see Weights in accumulate.h for the lanes.
+template <class V>
+struct ScaledWeights {
+  LMKAN_ALWAYS_INLINE explicit ScaledWeights(const CellRecord& record) {
+    const typename V::Reg d1 = V::LoadFour(record.position1);
+    const typename V::Reg d2 = V::LoadFour(record.position2);
+    const typename V::Reg e2 = V::Subtract(V::One(), d2);
+    const typename V::Reg high = V::Multiply(d1, V::Broadcast(kWeightOne));
+    const typename V::Reg low = V::Subtract(V::Broadcast(kWeightOne), high);
+    corner[0] = V::Multiply(low, e2);
+    corner[1] = V::Multiply(low, d2);
+    corner[2] = V::Multiply(high, e2);
+    corner[3] = V::Multiply(high, d2);
+  }
+  typename V::Reg corner[4];
+};
+
+// See CellRecord.
+template <class V>
+void RoundWeights(const RoundWeightsArgs& args) {
+  CellRecord* record = args.records;
+  for (int64_t r = 0; r < args.rows; ++r, ++record) {
+    if (!V::PositionsFit(*record, args.num_pairs)) {
+      record->cell[0] = ~record->cell[0];
+      continue;
+    }
+    const ScaledWeights<V> weights(*record);
+    V::StoreFour(record->weights1, V::RoundPair(weights.corner[0], weights.corner[1]));
+    V::StoreFour(record->weights2, V::RoundPair(weights.corner[2], weights.corner[3]));
+  }
+}
+
+// Adds pair kPair of a group to the sums of kVectors * V::kLanes outputs, in integers.
+template <class V, int kPair, int kVectors>
+LMKAN_ALWAYS_INLINE void AddInt8Pair(const Int8Pair* corner, int64_t line, const float* scales,
+                                     const CellRecord& record, typename V::Reg (&sums)[kVectors]) {
+  // Loads, because here the multiplications are the bottleneck, not the load ports.
+  const typename V::IntReg weights1 = V::BroadcastPair(record.weights1[kPair]);
+  const typename V::IntReg weights2 = V::BroadcastPair(record.weights2[kPair]);
+  for (int v = 0; v < kVectors; ++v) {
+    const Int8Pair* at = corner + v * V::kLanes;
+    const typename V::IntReg value = V::MultiplyAddPairs(
+        weights2, V::WidenPairs(at + line), V::MultiplyPairs(weights1, V::WidenPairs(at)));
+    sums[v] = V::MultiplyAdd(V::ToFloats(value), V::Load(scales + v * V::kLanes), sums[v]);
+  }
+}
+
+// A whole group in float32, for any weights. Rare, so it is not inlined: sums are in memory.
+template <class V>
+LMKAN_NEVER_INLINE void AddInt8GroupAsFloats(const Int8Pair* slices, const float* scales,
+                                             const TableStrides& strides, CellRecord record,
+                                             int num_pairs, int width, float* sums) {
+  record.cell[0] = ~record.cell[0];
+  const ScaledWeights<V> weights(record);
+  float corner_weights[4][V::kLanes];
+  for (int c = 0; c < 4; ++c) V::Store(corner_weights[c], weights.corner[c]);
+  for (int p = 0; p < num_pairs; ++p, slices += strides.pair, scales += width) {
+    for (int o = 0; o < width; o += V::kLanes) {
+      typename V::Reg value = V::Zero();
+      for (int c = 0; c < 4; ++c) {
+        const auto pairs =
+            V::WidenPairs(slices + record.cell[p] * strides.cell + (c < 2 ? 0 : strides.line) + o);
+        const auto entries = V::ToFloats(c % 2 == 0 ? V::LowHalves(pairs) : V::HighHalves(pairs));
+        value = V::MultiplyAdd(V::Broadcast(corner_weights[c][p]), entries, value);
+      }
+      V::Store(sums + o, V::MultiplyAdd(value, V::Load(scales + o), V::Load(sums + o)));
+    }
+  }
+}
+
+// Adds the pairs kPair... of a group.
+template <class V, int kVectors, int... kPair>
+LMKAN_ALWAYS_INLINE void AddInt8Pairs(const Int8Pair* slices, const float* scales,
+                                      const TableStrides& strides, const CellRecord& record,
+                                      typename V::Reg (&sums)[kVectors],
+                                      std::integer_sequence<int, kPair...>) {
+  constexpr int kWidth = kVectors * V::kLanes;
+  if (__builtin_expect(record.cell[0] >= 0, 1)) {
+    (AddInt8Pair<V, kPair>(slices + kPair * strides.pair + record.cell[kPair] * strides.cell,
+                           strides.line, scales + kPair * kWidth, record, sums),
+     ...);
+    return;
+  }
+  float buffer[kWidth];
+  for (int v = 0; v < kVectors; ++v) V::Store(buffer + v * V::kLanes, sums[v]);
+  AddInt8GroupAsFloats<V>(slices, scales, strides, record, sizeof...(kPair), kWidth, buffer);
+  for (int v = 0; v < kVectors; ++v) sums[v] = V::Load(buffer + v * V::kLanes);
+}
+
+}  // namespace
+}  // namespace lmkan::cpu
+
+#endif  // LMKAN_KERNELS_CPU_ACCUMULATE_INT8_H_

@@ -1,0 +1,40 @@
+// Launches of the two tactics.
+#ifndef LMKAN_KERNELS_CUDA_LAUNCH_H_
+#define LMKAN_KERNELS_CUDA_LAUNCH_H_
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "lookup.h"
+#include "plan.h"
+
+namespace lmkan::cuda {
+
+cudaError_t LaunchGather(const Lookup& lookup, const GatherPlan& plan, cudaStream_t stream);
+
+// `shared_per_block` is the device's.
+cudaError_t LaunchShared(const Lookup& lookup, const SharedPlan& plan, int32_t shared_per_block,
+                         cudaStream_t stream);
+
+// Whether the current device can run the kernels for a type of entries. This also loads them, so
+// that later launches need not.
+cudaError_t LoadGather(lmkan_dtype table_dtype);
+cudaError_t LoadShared(lmkan_dtype table_dtype);
+
+// The blocks of a kernel take turns at `items` items, since a grid has less than 2^31 blocks.
+template <class Arguments>
+cudaError_t Launch(void (*kernel)(Arguments), const Arguments& arguments, int64_t items,
+                   int32_t threads, int32_t shared_bytes, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned int>(std::min<int64_t>(items, INT32_MAX)));
+  config.blockDim = dim3(static_cast<unsigned int>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments);
+}
+
+}  // namespace lmkan::cuda
+
+#endif  // LMKAN_KERNELS_CUDA_LAUNCH_H_

@@ -1,0 +1,88 @@
+// How a lookup is cut into blocks of threads, and which tactic should be the fastest. Nothing here
+// touches the device.
+#ifndef LMKAN_KERNELS_CUDA_PLAN_H_
+#define LMKAN_KERNELS_CUDA_PLAN_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "lmkan/lookup2d.h"
+
+namespace lmkan::cuda {
+
+// What matters of a device.
+struct Device {
+  int32_t num_processors;    // streaming multiprocessors
+  int32_t shared_per_block;  // bytes of shared memory that a block may opt in to
+};
+
+// What matters of a lookup.
+struct Problem {
+  lmkan_dtype table_dtype;
+  int64_t rows;  // at least 1
+  int64_t num_pairs;
+  int64_t num_outputs;
+  int32_t num_grids;
+};
+
+int32_t EntryBytes(lmkan_dtype dtype);
+
+// Rounded up.
+int64_t Ceil(int64_t dividend, int64_t divisor);
+
+// GATHER: a block computes `rows` rows of a tile of outputs. `lanes` neighbouring threads read 16
+// bytes each of a corner, and `splits` such groups share the pairs of a row.
+inline constexpr int kGatherMostThreads = 256;
+inline constexpr int kGatherMostPlaces = 1024;
+
+struct GatherPlan {
+  int32_t lanes;
+  int32_t splits;
+  int32_t rows;
+  int32_t pairs;       // whose places are in shared memory at a time, a multiple of splits
+  int32_t cell_bytes;  // of the grid at the start of shared memory
+  int32_t shared_bytes;
+  int64_t num_items;  // of rows and a tile
+
+  int32_t threads() const { return lanes * splits * rows; }
+};
+
+GatherPlan PlanGather(const Problem& problem, const Device& device);
+
+// SHARED: a block computes `rows` rows of a tile of 128 bytes of outputs, pair by pair from a slice
+// of the table, [(G+1)^2][128 bytes], in shared memory.
+inline constexpr int kSharedMostThreads = 512;
+inline constexpr int kTileBytes = 128;
+
+// How the kernel for a type of entries shares the work: a thread has `rows` rows, and of each
+// `chunks` of the tile's eight chunks of 16 bytes. 64 sums, half of its registers, in each case.
+struct ThreadShare {
+  int rows;
+  int chunks;
+};
+
+template <int kEntryBytes>
+inline constexpr ThreadShare kShare = {1, 8};
+template <>
+inline constexpr ThreadShare kShare<4> = {2, 8};
+template <>
+inline constexpr ThreadShare kShare<1> = {1, 4};
+
+struct SharedPlan {
+  int32_t threads;  // a multiple of 32; 0: the slices don't fit this device
+  int32_t stages;   // slices in shared memory: 2, so that one is copied meanwhile, or 1
+  int32_t rows;
+  int32_t cell_bytes;   // of the grid at the start of shared memory
+  int32_t stage_bytes;  // of a slice, and of its scales
+  int32_t shared_bytes;
+  int64_t num_items;
+};
+
+SharedPlan PlanShared(const Problem& problem, const Device& device);
+
+// Whether SHARED should be faster than GATHER. False where it does not fit.
+bool PrefersShared(const Problem& problem, const Device& device);
+
+}  // namespace lmkan::cuda
+
+#endif  // LMKAN_KERNELS_CUDA_PLAN_H_

@@ -1,0 +1,2 @@
+// The kernels of GATHER as C++.
+#include "kernels/cuda/gather.cu"

@@ -1,0 +1,2 @@
+// The kernels of SHARED as C++.
+#include "kernels/cuda/shared.cu"

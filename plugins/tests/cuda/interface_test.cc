@@ -1,0 +1,279 @@
+// The C interface around the CUDA kernels: arguments, tactics, devices, failing launches, offsets
+// that need 64 bits. On an emulated device, which can be given any size and any failure.
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "array.h"
+#include "check.h"
+#include "device.h"
+#include "emulation/cuda_runtime.h"
+#include "inputs.h"
+#include "lmkan/lookup2d_cuda.h"
+#include "lookup.h"
+#include "oracle.h"
+#include "plan.h"
+#include "table.h"
+
+namespace lmkan::test {
+namespace {
+
+constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+constexpr int64_t kLeast = std::numeric_limits<int64_t>::min();
+
+alignas(16) float values[1024];
+
+struct Call {
+  lmkan_table_desc desc = {values, LMKAN_FLOAT32, 2, 4, 3, nullptr};
+  const lmkan_table_desc* table = &desc;
+  lmkan_dtype dtype = LMKAN_FLOAT32;
+  const void* x = values;
+  void* y = values + 512;
+  int64_t rows = 2;
+  lmkan_cuda_tactic tactic = LMKAN_CUDA_AUTO;
+
+  lmkan_status Run(char* message, size_t size) const {
+    return lmkan_cuda_lookup2d(table, dtype, x, y, rows, tactic, nullptr, 0, nullptr, message,
+                               size);
+  }
+};
+
+// The call fails with one line that has `word` in it, launches nothing, and leaves no error behind.
+void ExpectFailure(const Call& call, lmkan_status expected, const std::string& word) {
+  const int64_t launches = emulation::num_launches;
+  char message[256] = "";
+  const lmkan_status status = call.Run(message, sizeof message);
+  LMKAN_EXPECT(status == expected, "%s: status %d, not %d", word.c_str(), status, expected);
+  LMKAN_EXPECT(std::strstr(message, word.c_str()) != nullptr, "\"%s\" does not name %s", message,
+               word.c_str());
+  LMKAN_EXPECT(std::strpbrk(message, "\r\n") == nullptr, "\"%s\" has lines", message);
+  LMKAN_EXPECT(emulation::num_launches == launches, "%s: launched", word.c_str());
+  LMKAN_EXPECT(emulation::last_error == cudaSuccess, "%s: leaves an error", word.c_str());
+  LMKAN_EXPECT(call.Run(nullptr, 0) == expected, "%s without a message", word.c_str());
+  char small[8];
+  std::memset(small, 0x55, sizeof small);
+  LMKAN_EXPECT(call.Run(small, 4) == expected && small[3] == 0 && small[4] == 0x55,
+               "%s with a short message", word.c_str());
+}
+
+template <class Change>
+void ExpectInvalid(const std::string& word, const Change& change) {
+  Call call;
+  change(call);
+  ExpectFailure(call, LMKAN_INVALID_ARGUMENT, word);
+}
+
+void TestArguments() {
+  ExpectInvalid("null", [](Call& call) { call.table = nullptr; });
+  ExpectInvalid("null", [](Call& call) { call.desc.data = nullptr; });
+  ExpectInvalid("null", [](Call& call) { call.x = nullptr; });
+  ExpectInvalid("null", [](Call& call) { call.y = nullptr; });
+  for (const lmkan_dtype dtype : {-1, 4, 1000}) {
+    const std::string number = std::to_string(dtype);
+    ExpectInvalid(number, [&](Call& call) { call.desc.dtype = dtype; });
+    ExpectInvalid(number, [&](Call& call) { call.dtype = dtype; });
+  }
+  ExpectInvalid("dtype 3", [](Call& call) { call.dtype = LMKAN_INT8; });
+  ExpectInvalid("without scales", [](Call& call) { call.desc.dtype = LMKAN_INT8; });
+  ExpectInvalid("with scales", [](Call& call) { call.desc.scales = values; });
+  for (const int64_t bad :
+       {int64_t{0}, int64_t{-1}, kLeast, kMost, kMost / 100, int64_t{1} << 59}) {
+    const std::string number = std::to_string(bad);
+    ExpectInvalid(number, [&](Call& call) { call.desc.num_pairs = bad; });
+    ExpectInvalid(number, [&](Call& call) { call.desc.num_outputs = bad; });
+    ExpectInvalid(number, [&](Call& call) { call.desc.num_grids = bad; });
+  }
+  ExpectInvalid("2", [](Call& call) { call.desc.num_grids = 2; });
+  ExpectInvalid("46340", [](Call& call) { call.desc.num_grids = 46340; });
+  for (const int64_t bad : {int64_t{-1}, kLeast, kMost, kMost / 4}) {
+    ExpectInvalid(std::to_string(bad), [&](Call& call) { call.rows = bad; });
+  }
+  for (const lmkan_cuda_tactic tactic : {-1, 3}) {
+    ExpectInvalid(std::to_string(tactic), [&](Call& call) { call.tactic = tactic; });
+  }
+  ExpectInvalid("the table aligned", [](Call& call) { call.desc.data = values + 1; });
+  ExpectInvalid("x aligned", [](Call& call) { call.x = values + 1; });
+  ExpectInvalid("y aligned", [](Call& call) { call.y = values + 1; });
+  ExpectInvalid("the scales aligned", [](Call& call) {
+    call.desc.dtype = LMKAN_INT8;
+    call.desc.scales = values + 1;
+  });
+}
+
+// Without rows nothing is launched, with a device or without.
+void TestNoRows() {
+  for (const cudaError_t error : {cudaSuccess, cudaErrorInsufficientDriver}) {
+    emulation::device.error = error;
+    Call call;
+    call.rows = 0;
+    call.x = call.y = nullptr;
+    const int64_t launches = emulation::num_launches;
+    LMKAN_EXPECT(call.Run(nullptr, 0) == LMKAN_OK, "no rows");
+    LMKAN_EXPECT(emulation::num_launches == launches, "no rows launched");
+  }
+  emulation::device = {};
+}
+
+void TestFailures() {
+  emulation::device.error = cudaErrorInsufficientDriver;
+  ExpectFailure({}, LMKAN_CUDA_ERROR, "CUDA driver version is insufficient");
+  emulation::device = {};
+  emulation::device.launch_error = cudaErrorNoKernelImageForDevice;
+  for (const lmkan_cuda_tactic tactic : {LMKAN_CUDA_GATHER, LMKAN_CUDA_SHARED}) {
+    Call call;
+    call.tactic = tactic;
+    ExpectFailure(call, LMKAN_CUDA_ERROR, "no kernel image");
+  }
+  emulation::device = {};
+  Call call;
+  call.tactic = LMKAN_CUDA_SHARED;
+  call.desc.num_grids = 42;
+  ExpectFailure(call, LMKAN_UNSUPPORTED, "42 grid cells");
+}
+
+void TestTactics() {
+  const auto tactics = [](int64_t num_grids, lmkan_dtype dtype = LMKAN_FLOAT32) {
+    lmkan_table_desc desc = {nullptr, LMKAN_FLOAT32, 2, num_grids, 3, nullptr};
+    lmkan_cuda_tactic found[3] = {-1, -1, -1};
+    const int32_t count = lmkan_cuda_tactics(&desc, dtype, found, 3);
+    std::string text = std::to_string(count);
+    for (int32_t i = 0; i < 3; ++i) text += " " + std::to_string(found[i]);
+    LMKAN_EXPECT(lmkan_cuda_tactics(&desc, dtype, nullptr, 0) == count, "without a place");
+    lmkan_cuda_tactic one[2] = {-1, -1};
+    LMKAN_EXPECT(lmkan_cuda_tactics(&desc, dtype, one, 1) == count && one[1] == -1, "one place");
+    return text;
+  };
+  LMKAN_EXPECT(tactics(26) == "2 2 1 -1", "G 26: %s", tactics(26).c_str());
+  LMKAN_EXPECT(tactics(41) == "2 2 1 -1", "G 41: %s", tactics(41).c_str());
+  LMKAN_EXPECT(tactics(42) == "1 1 -1 -1", "G 42: %s", tactics(42).c_str());
+  LMKAN_EXPECT(tactics(46339) == "1 1 -1 -1", "G 46339: %s", tactics(46339).c_str());
+  LMKAN_EXPECT(tactics(2)[0] == '0' && tactics(26, LMKAN_INT8)[0] == '0', "an invalid table");
+  LMKAN_EXPECT(lmkan_cuda_tactics(nullptr, LMKAN_FLOAT32, nullptr, 0) == 0, "no table");
+  emulation::device.error = cudaErrorInsufficientDriver;
+  LMKAN_EXPECT(tactics(26)[0] == '0', "without a device");
+  emulation::device = {};
+  emulation::device.launch_error = cudaErrorNoKernelImageForDevice;
+  LMKAN_EXPECT(tactics(26)[0] == '0', "a device that the kernels are not made for");
+  emulation::device = {};
+  LMKAN_EXPECT(emulation::last_error == cudaSuccess, "leaves an error");
+}
+
+void TestWorkspace() {
+  const lmkan_table_desc desc = {nullptr, LMKAN_INT8, 2, 4, 3, nullptr};
+  char message[256] = "";
+  for (const lmkan_cuda_tactic tactic : {LMKAN_CUDA_AUTO, LMKAN_CUDA_GATHER, LMKAN_CUDA_SHARED}) {
+    size_t bytes = 1;
+    LMKAN_EXPECT(lmkan_cuda_workspace_size(&desc, LMKAN_FLOAT16, 1000, tactic, &bytes, message,
+                                           sizeof message) == LMKAN_OK &&
+                     bytes == 0,
+                 "%zu bytes, %s", bytes, message);
+  }
+  size_t bytes = 1;
+  LMKAN_EXPECT(lmkan_cuda_workspace_size(&desc, LMKAN_FLOAT16, -1, 0, &bytes, message,
+                                         sizeof message) == LMKAN_INVALID_ARGUMENT &&
+                   bytes == 1,
+               "negative rows");
+  LMKAN_EXPECT(lmkan_cuda_workspace_size(&desc, LMKAN_FLOAT16, 1, 0, nullptr, message,
+                                         sizeof message) == LMKAN_INVALID_ARGUMENT,
+               "no place");
+}
+
+// Plans stay within what the kernels and devices allow, whatever the problem.
+void TestPlans() {
+  using cuda::Device;
+  using cuda::Problem;
+  for (const int32_t processors : {1, 7, 132, 100000}) {
+    const Device device = {processors, 227 << 10};
+    for (const lmkan_dtype dtype : kTableDtypes) {
+      for (const int64_t pairs : {int64_t{1}, int64_t{5}, int64_t{300}, int64_t{1} << 33}) {
+        for (const int64_t outputs : {int64_t{1}, int64_t{40}, int64_t{1} << 20}) {
+          for (const int64_t rows : {int64_t{1}, int64_t{33}, int64_t{5000}, int64_t{1} << 40}) {
+            const Problem problem = {dtype, rows, pairs, outputs, 26};
+            const cuda::GatherPlan gather = cuda::PlanGather(problem, device);
+            LMKAN_EXPECT(gather.threads() >= 1 && gather.threads() <= cuda::kGatherMostThreads &&
+                             gather.rows * gather.pairs <= cuda::kGatherMostPlaces &&
+                             gather.pairs % gather.splits == 0 && gather.pairs > 0 &&
+                             gather.shared_bytes <= 48 << 10,
+                         "%d threads, %d rows, %d pairs, %d splits, %d bytes", gather.threads(),
+                         gather.rows, gather.pairs, gather.splits, gather.shared_bytes);
+            const cuda::SharedPlan shared = cuda::PlanShared(problem, device);
+            if (pairs > INT32_MAX) {
+              LMKAN_EXPECT(shared.threads == 0, "more pairs than the kernel counts");
+              continue;
+            }
+            LMKAN_EXPECT(shared.threads >= 128 && shared.threads <= cuda::kSharedMostThreads &&
+                             shared.stages == 2 && shared.shared_bytes <= device.shared_per_block,
+                         "%d threads, %d stages, %d bytes", shared.threads, shared.stages,
+                         shared.shared_bytes);
+          }
+        }
+      }
+    }
+  }
+  const Device h200 = {132, 227 << 10};
+  const Problem one_row = {LMKAN_FLOAT32, 1, 64, 128, 26};
+  const Problem many_rows = {LMKAN_FLOAT32, 1 << 20, 256, 512, 26};
+  LMKAN_EXPECT(!cuda::PrefersShared(one_row, h200), "one row");
+  LMKAN_EXPECT(cuda::PrefersShared(many_rows, h200), "a million rows");
+  LMKAN_EXPECT(cuda::PlanGather({LMKAN_FLOAT32, 1, 256, 512, 26}, h200).num_items == 64, "one row");
+}
+
+// Indices beyond 32 bits: the functions that the kernels use, and a table of 6 GB, of which only
+// some pages exist.
+void TestOffsets() {
+  const int64_t big = int64_t{1} << 31;
+  LMKAN_EXPECT(cuda::CornerOffset(big, 5, 4, 3) == (big * 16 + 5) * 3, "pairs");
+  LMKAN_EXPECT(cuda::CornerOffset(1, 46339 * 46340 + 46339, 46340, big) ==
+                   (int64_t{46340} * 46340 + int64_t{46339} * 46340 + 46339) * big,
+               "cells and outputs");
+  LMKAN_EXPECT(cuda::FeaturesOffset(big, 7, 10) == 2 * (big * 10 + 7), "rows");
+
+  const Shape shape = {2, 25, int64_t{1} << 20, 1};
+  const auto bytes = static_cast<size_t>(shape.table_size()) * sizeof(float);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (!LMKAN_EXPECT(memory != MAP_FAILED, "no address space")) return;
+  float* const table = static_cast<float*>(memory);
+  Array x(LMKAN_FLOAT32, 4);
+  // The second pair lies on the very last point of the grid.
+  x.Set(2, GridPoint(25, 25));
+  x.Set(3, GridPoint(25, 25));
+  table[shape.table_size() - 1] = 3;
+  table[shape.table_size() - shape.num_outputs + 5] = 2;
+  Array y(LMKAN_FLOAT32, shape.num_outputs);
+  y.Fill(0xff);
+  const lmkan_table_desc desc = {table, LMKAN_FLOAT32, 2, 25, shape.num_outputs, nullptr};
+  char message[256] = "";
+  const lmkan_status status =
+      lmkan_cuda_lookup2d(&desc, LMKAN_FLOAT32, x.data(), y.data(), 1, LMKAN_CUDA_GATHER, nullptr,
+                          0, nullptr, message, sizeof message);
+  LMKAN_EXPECT(status == LMKAN_OK, "%s", message);
+  int64_t others = 0;
+  for (int64_t o = 0; o < shape.num_outputs; ++o) {
+    if (o != 5 && o != shape.num_outputs - 1 && y.Get(o) != 0) ++others;
+  }
+  LMKAN_EXPECT(others == 0 && std::fabs(y.Get(5) - 2) < 1e-5 &&
+                   std::fabs(y.Get(shape.num_outputs - 1) - 3) < 1e-5,
+               "%d others, %g, %g", static_cast<int>(others), y.Get(5),
+               y.Get(shape.num_outputs - 1));
+  munmap(memory, bytes);
+}
+
+}  // namespace
+}  // namespace lmkan::test
+
+int main() {
+  using namespace lmkan::test;
+  TestArguments();
+  TestNoRows();
+  TestFailures();
+  TestTactics();
+  TestWorkspace();
+  TestPlans();
+  TestOffsets();
+  return Finish();
+}

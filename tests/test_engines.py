@@ -1,0 +1,269 @@
+"""Engines without a GPU: profiles, manifests, and real builds by TensorRT-RTX, which need none."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tensorrt_rtx
+
+import lmkan_deploy
+from lmkan_deploy.engines.batches import split_batch
+from lmkan_deploy.engines.build import build_engine
+from lmkan_deploy.engines.device import compute_capability
+from lmkan_deploy.engines.manifest import Manifest, check_manifest, manifest_path, read_manifest
+from lmkan_deploy.engines.profiles import Profile, make_profiles
+from lmkan_deploy.errors import EngineError, InputError, LibraryError, ModelError
+from lmkan_deploy.runtime.tensors import TensorSpec
+from lmkan_deploy.staging import file_sha256
+from networks import ExportedStack, UserModel
+
+SPECS = [TensorSpec("x", ("batch", 12), "float32"), TensorSpec("mask", ("batch", "time", 3), "float32")]
+
+
+def test_profiles() -> None:
+    profiles = make_profiles(SPECS, ["mask:1x2x3,4x5x3,6x7x3"])
+    assert profiles["mask"] == Profile((1, 2, 3), (4, 5, 3), (6, 7, 3))
+    assert profiles["x"] == Profile((1, 12), (64, 12), (1024, 12))
+    assert make_profiles(SPECS, ["x:8x12"])["x"] == Profile((8, 12), (8, 12), (8, 12))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "1x12,2x12,3x12",
+            "expected shapes of an input of x, mask, found '1x12,2x12,3x12'; write them as x:MIN",
+        ),
+        ("y:1x12", "found 'y:1x12'"),
+        ("x:1x12,2x12", "expected the smallest, typical and largest shape"),
+        ("x:1x12,2x12,axb", "expected the smallest, typical and largest shape"),
+        ("x:", "expected the smallest, typical and largest shape"),
+        ("x:1x13", r"fit input x float32\[batch, 12\], found 1x13"),
+        ("x:12", r"fit input x float32\[batch, 12\], found 12"),
+        ("x:4x12,2x12,8x12", "found 4, 2, 8"),
+        ("x:0x12,2x12,8x12", "found 0, 2, 8"),
+    ],
+)
+def test_bad_profiles(text: str, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        make_profiles(SPECS, [text])
+
+
+def test_profiles_are_given_once() -> None:
+    with pytest.raises(EngineError, match="shapes of input x once"):
+        make_profiles(SPECS, ["x:1x12", "x:2x12"])
+
+
+# --- Builds ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table_dtype", ["float32", "int8"])
+def test_user_models_build_without_a_gpu(table_dtype: str, user_model: UserModel, tmp_path: Path) -> None:
+    model = lmkan_deploy.export(
+        user_model.state_dict,
+        tmp_path / "model.onnx",
+        architecture=user_model.architecture,
+        input_shapes=user_model.input_shapes,
+        table_dtype=table_dtype,
+        check=False,
+    ).path
+    steps: list[str] = []
+    manifest = build_engine(model, tmp_path / "m.engine", runtime="tensorrt-rtx", progress=steps.append)
+    assert read_manifest(tmp_path / "m.engine") == manifest
+    assert manifest.lookup_layers == user_model.num_lookups
+    assert manifest.runtime_version == tensorrt_rtx.__version__
+    assert manifest.model_sha256 == file_sha256(model)
+    assert manifest.plugin_sha256 is None
+    assert (tmp_path / "m.engine").stat().st_size > 100_000
+    assert any("Building engine" in step for step in steps)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.engine", "m.engine.json", "model.onnx"]
+
+
+def test_a_model_that_the_runtime_refuses(stack: ExportedStack, tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(stack.onnx)
+    del model.functions[:]
+    model.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(EngineError, match="tensorrt-rtx could not parse .*NoSuchOperator"):
+        build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", runtime="tensorrt-rtx")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_an_interrupted_build_leaves_nothing(stack: ExportedStack, tmp_path: Path) -> None:
+    def interrupt(step: str) -> None:
+        if "Building" in step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(stack.onnx, tmp_path / "m.engine", runtime="tensorrt-rtx", progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_calls(stack: ExportedStack, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="expected a runtime of tensorrt, tensorrt-rtx, found 'rtx'"):
+        build_engine(stack.onnx, tmp_path / "m.engine", runtime="rtx")  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="no timing cache for tensorrt-rtx"):
+        build_engine(
+            stack.onnx, tmp_path / "m.engine", runtime="tensorrt-rtx", timing_cache=tmp_path / "cache"
+        )
+    with pytest.raises(EngineError, match="other than the model itself"):
+        build_engine(stack.onnx, stack.onnx, runtime="tensorrt-rtx")
+    with pytest.raises(ModelError, match="found no file"):
+        build_engine(tmp_path / "none.onnx", tmp_path / "m.engine", runtime="tensorrt-rtx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_tensorrt_is_named(
+    stack: ExportedStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(LibraryError, match="expected the Python package of tensorrt.*install tensorrt-cu13"):
+        build_engine(stack.onnx, tmp_path / "m.engine")
+
+
+# --- Manifests ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> tuple[Path, Manifest, Path]:
+    """A file that stands for an engine, its manifest, and its plugin library."""
+    path, plugin = tmp_path / "m.engine", tmp_path / "plugin.so"
+    path.write_bytes(b"engine")
+    plugin.write_bytes(b"plugin")
+    manifest = Manifest(
+        runtime="tensorrt",
+        runtime_version="10.14.1",
+        cuda_version=13000,
+        compute_capability="9.0",
+        plugin_sha256=file_sha256(plugin),
+        model="m.onnx",
+        model_sha256="0" * 64,
+        engine_sha256=file_sha256(path),
+        profiles={"x": Profile((1, 12), (64, 12), (1024, 12))},
+        lookup_layers=3,
+    )
+    manifest_path(path).write_text(json.dumps(manifest.to_json()))
+    return path, manifest, plugin
+
+
+def test_a_manifest_that_fits(engine: tuple[Path, Manifest, Path]) -> None:
+    path, manifest, plugin = engine
+    assert read_manifest(path) == manifest
+    check_manifest(path, manifest, runtime_version="10.14.1", compute_capability="9.0", plugin=plugin)
+    portable = dataclasses.replace(manifest, compute_capability=None, plugin_sha256=None)
+    check_manifest(path, portable, runtime_version="10.14.1", compute_capability="12.0", plugin=None)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"runtime_version": "11.0.0"}, "expected tensorrt 10.14.1, .* found 11.0.0; install that release"),
+        ({"compute_capability": "8.9"}, "compute capability 9.0, .* found compute capability 8.9"),
+        ({"compute_capability": None}, "compute capability 9.0, .* found no GPU"),
+        ({"plugin": None}, "expected the plugin library .* found none"),
+    ],
+)
+def test_manifests_of_other_machines(
+    found: dict[str, object], message: str, engine: tuple[Path, Manifest, Path]
+) -> None:
+    path, manifest, plugin = engine
+    here: dict[str, object] = {
+        "runtime_version": "10.14.1",
+        "compute_capability": "9.0",
+        "plugin": plugin,
+    }
+    with pytest.raises(EngineError, match=message):
+        check_manifest(path, manifest, **(here | found))  # type: ignore[arg-type]
+
+
+def test_damaged_engines_and_other_plugins(engine: tuple[Path, Manifest, Path]) -> None:
+    path, manifest, plugin = engine
+    plugin.write_bytes(b"another")
+    with pytest.raises(EngineError, match="expected the plugin library"):
+        check_manifest(path, manifest, runtime_version="10.14.1", compute_capability="9.0", plugin=plugin)
+    path.write_bytes(b"engin")
+    with pytest.raises(EngineError, match="another or a damaged file"):
+        check_manifest(path, manifest, runtime_version="10.14.1", compute_capability="9.0", plugin=plugin)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 1, "profiles": {}}'])
+def test_damaged_manifests(content: str, engine: tuple[Path, Manifest, Path]) -> None:
+    manifest_path(engine[0]).write_text(content)
+    with pytest.raises(EngineError, match="expected (the manifest of an engine|a manifest of format 1)"):
+        read_manifest(engine[0])
+
+
+def test_missing_files(engine: tuple[Path, Manifest, Path], tmp_path: Path) -> None:
+    manifest_path(engine[0]).unlink()
+    with pytest.raises(EngineError, match="expected a manifest beside the engine"):
+        read_manifest(engine[0])
+    with pytest.raises(EngineError, match="expected an engine, found no file"):
+        read_manifest(tmp_path / "none.engine")
+
+
+def test_command_line(stack: ExportedStack, tmp_path: Path) -> None:
+    def build(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "lmkan_deploy.cli", "build", stack.onnx, "-o", "m.engine"]
+        return subprocess.run(
+            [*map(str, command), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+
+    result = build("--runtime", "tensorrt-rtx", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["lookup_layers"] == 2
+    assert "tensorrt-rtx" in build("--runtime", "tensorrt-rtx").stdout
+    wrong = build("--runtime", "tensorrt-rtx", "--shapes", "x:1x1")
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+
+
+# --- Running -----------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_an_engine_says_what_is_missing(stack: ExportedStack, tmp_path: Path) -> None:
+    if compute_capability() is not None:
+        pytest.skip("this machine has a GPU")
+    build_engine(stack.onnx, tmp_path / "m.engine", runtime="tensorrt-rtx")
+    with pytest.raises(LibraryError, match="expected (pycuda|a GPU)"):
+        lmkan_deploy.load_runner(tmp_path / "m.engine")
+
+
+def test_an_engine_is_refused_before_it_is_opened(engine: tuple[Path, Manifest, Path]) -> None:
+    path, manifest, _ = engine
+    portable = dataclasses.replace(manifest, runtime="tensorrt-rtx", plugin_sha256=None)
+    manifest_path(path).write_text(json.dumps(portable.to_json()))
+    with pytest.raises(EngineError, match="expected tensorrt-rtx 10.14.1, .* found 1.7"):
+        lmkan_deploy.load_runner(path)
+
+
+BATCH = [TensorSpec("x", ("batch", 12), "float32")]
+OUTPUT = [TensorSpec("y", ("batch", 1), "float32")]
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 100])
+def test_batches_are_split(rows: int) -> None:
+    profiles = {"x": Profile((1, 12), (8, 12), (16, 12))}
+    parts = list(split_batch(BATCH, OUTPUT, profiles, {"x": (rows, 12)}))
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(rows))
+    assert len(parts) == -(-rows // 16)
+    assert all(part.stop - part.start <= 16 for part in parts)
+
+
+def test_batches_that_cannot_be_split() -> None:
+    profiles = {"x": Profile((4, 12), (8, 12), (16, 12))}
+    assert list(split_batch(BATCH, OUTPUT, {"x": Profile((1, 12), (1, 12), (2, 12))}, {"x": (0, 12)})) == []
+    with pytest.raises(InputError, match="expected batches of 4 to 16 rows .* found 3"):
+        list(split_batch(BATCH, OUTPUT, profiles, {"x": (3, 12)}))
+    with pytest.raises(InputError, match="shape from 4x12 to 16x12, found 17x12"):
+        # The output has no batch to put together again.
+        list(split_batch(BATCH, [TensorSpec("y", (1,), "float32")], profiles, {"x": (17, 12)}))
