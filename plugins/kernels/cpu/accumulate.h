@@ -101,8 +101,14 @@ struct Weights {
   typename V::Reg corner[4];
 };
 
+// Where vector v of a strip of blocks is, kBlockVectors of which belong to each block.
+template <class V, int kBlockVectors>
+LMKAN_ALWAYS_INLINE int64_t VectorOffset(const TableStrides& strides, int v) {
+  return v / kBlockVectors * strides.block + v % kBlockVectors * V::kLanes;
+}
+
 // Adds pair kPair of a group to the sums of kVectors * V::kLanes outputs.
-template <class V, class T, int kPair, int kVectors>
+template <class V, class T, int kBlockVectors, int kPair, int kVectors>
 LMKAN_ALWAYS_INLINE void AddPair(const T* first_corner, const TableStrides& strides,
                                  const Weights<V>& weights, typename V::Reg (&sums)[kVectors]) {
   const T* corners[4] = {first_corner, first_corner + strides.cell, first_corner + strides.line,
@@ -111,38 +117,41 @@ LMKAN_ALWAYS_INLINE void AddPair(const T* first_corner, const TableStrides& stri
   typename V::Reg values[kVectors];
   const typename V::Reg first_weight = V::template Repeat<kPair>(weights.corner[0]);
   for (int v = 0; v < kVectors; ++v) {
-    values[v] = V::Multiply(first_weight, V::Load(corners[0] + v * V::kLanes));
+    const T* first = corners[0] + VectorOffset<V, kBlockVectors>(strides, v);
+    values[v] = V::Multiply(first_weight, V::Load(first));
   }
   for (int c = 1; c < 4; ++c) {
     const typename V::Reg weight = V::template Repeat<kPair>(weights.corner[c]);
     for (int v = 0; v < kVectors; ++v) {
-      values[v] = V::MultiplyAdd(weight, V::Load(corners[c] + v * V::kLanes), values[v]);
+      const T* entries = corners[c] + VectorOffset<V, kBlockVectors>(strides, v);
+      values[v] = V::MultiplyAdd(weight, V::Load(entries), values[v]);
     }
   }
   for (int v = 0; v < kVectors; ++v) sums[v] = V::Add(sums[v], values[v]);
 }
 
 // Adds the pairs kPair... of a group.
-template <class V, class T, int kVectors, int... kPair>
+template <class V, class T, int kBlockVectors, int kVectors, int... kPair>
 LMKAN_ALWAYS_INLINE void AddPairs(const T* slices, const TableStrides& strides,
                                   const CellRecord& record, typename V::Reg (&sums)[kVectors],
                                   std::integer_sequence<int, kPair...>) {
   const Weights<V> weights(record);
-  (AddPair<V, T, kPair>(slices + kPair * strides.pair + record.cell[kPair] * strides.cell, strides,
-                        weights, sums),
+  (AddPair<V, T, kBlockVectors, kPair>(
+       slices + kPair * strides.pair + record.cell[kPair] * strides.cell, strides, weights, sums),
    ...);
 }
 
 // Adds the first kPairs pairs of a group.
-template <class V, class T, int kPairs, int kVectors>
+template <class V, class T, int kBlockVectors, int kPairs, int kVectors>
 LMKAN_ALWAYS_INLINE void AddGroup(const T* slices, const float* scales, const TableStrides& strides,
                                   const CellRecord& record, typename V::Reg (&sums)[kVectors]) {
   constexpr std::make_integer_sequence<int, kPairs> pairs;
   if constexpr (std::is_same_v<T, Int8Pair>) {
+    static_assert(kBlockVectors == kVectors, "one block");
     AddInt8Pairs<V>(slices, scales, strides, record, sums, pairs);
   } else {
     static_cast<void>(scales);
-    AddPairs<V, T>(slices, strides, record, sums, pairs);
+    AddPairs<V, T, kBlockVectors>(slices, strides, record, sums, pairs);
   }
 }
 
@@ -165,15 +174,15 @@ void AccumulateGroup(const AccumulateArgs& args) {
     for (int v = 0; v < kVectors; ++v) {
       sums[v] = is_first ? V::Zero() : V::Load(in + v * V::kLanes);
     }
-    AddGroup<V, T, kPairs>(slices, scales, strides, *record, sums);
+    AddGroup<V, T, kVectors, kPairs>(slices, scales, strides, *record, sums);
     for (int v = 0; v < kVectors; ++v) V::Store(out + v * V::kLanes, sums[v]);
     // After the row, not before it: its loads come first.
     prefetcher.Row();
   }
 }
 
-// One row, all groups.
-template <class V, class T, int kVectors>
+// One row, all groups: blocks of kBlockVectors vectors, kVectors in all.
+template <class V, class T, int kBlockVectors, int kVectors>
 void AccumulateRow(const AccumulateRowArgs& args) {
   typename V::Reg sums[kVectors];
   for (int v = 0; v < kVectors; ++v) sums[v] = V::Zero();
@@ -182,20 +191,20 @@ void AccumulateRow(const AccumulateRowArgs& args) {
   const CellRecord* record = args.records;
   const TableStrides strides = args.strides;
   for (int64_t g = args.num_pairs / kGroupPairs; g > 0; --g) {
-    AddGroup<V, T, kGroupPairs>(slices, scales, strides, *record, sums);
+    AddGroup<V, T, kBlockVectors, kGroupPairs>(slices, scales, strides, *record, sums);
     slices += kGroupPairs * strides.pair;
     if (std::is_same_v<T, Int8Pair>) scales += kGroupPairs * kVectors * V::kLanes;
     record += args.record_stride;
   }
   switch (args.num_pairs % kGroupPairs) {
     case 1:
-      AddGroup<V, T, 1>(slices, scales, strides, *record, sums);
+      AddGroup<V, T, kBlockVectors, 1>(slices, scales, strides, *record, sums);
       break;
     case 2:
-      AddGroup<V, T, 2>(slices, scales, strides, *record, sums);
+      AddGroup<V, T, kBlockVectors, 2>(slices, scales, strides, *record, sums);
       break;
     case 3:
-      AddGroup<V, T, 3>(slices, scales, strides, *record, sums);
+      AddGroup<V, T, kBlockVectors, 3>(slices, scales, strides, *record, sums);
       break;
     default:
       break;
@@ -236,7 +245,16 @@ void Accumulate(const AccumulateArgs& args) {
 template <class V, class T>
 void AccumulateOneRow(const AccumulateRowArgs& args) {
   WithVectors<kMaxBlockOutputs / V::kLanes>(args.width / V::kLanes, [&args](auto vectors) {
-    AccumulateRow<V, T, decltype(vectors)::value>(args);
+    constexpr int kVectors = decltype(vectors)::value;
+    AccumulateRow<V, T, kVectors, kVectors>(args);
+  });
+}
+
+// Up to kMostBlocks blocks of kBlockVectors vectors: the weights are computed once for all of them.
+template <class V, class T, int kBlockVectors, int kMostBlocks>
+void AccumulateOneRowOfBlocks(const AccumulateRowArgs& args) {
+  WithVectors<kMostBlocks>(args.num_blocks, [&args](auto blocks) {
+    AccumulateRow<V, T, kBlockVectors, kBlockVectors* decltype(blocks)::value>(args);
   });
 }
 

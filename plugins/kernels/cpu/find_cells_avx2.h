@@ -131,12 +131,30 @@ inline void LoadTile(const T* x, int64_t stride, int64_t features, int64_t rows,
   }
 }
 
+// One row: its groups take the places of a tile's rows.
+template <class T>
+void FindCellsOfRow(const FindCellsArgs& args, const GridRegisters& grid, Tile* tile) {
+  constexpr int64_t kFeatures = 2 * kGroupPairs;
+  const T* x = static_cast<const T*>(args.x);
+  const int64_t whole = args.num_features / kFeatures;
+  for (int64_t first = 0; first < whole; first += kTileRows) {
+    const int64_t groups = whole - first < kTileRows ? whole - first : kTileRows;
+    LoadTile(x + first * kFeatures, kFeatures, kFeatures, groups, tile);
+    FindTile(grid, groups, tile, args.records + first);
+  }
+  const int64_t left = args.num_features - whole * kFeatures;
+  if (left == 0) return;
+  LoadTile(x + whole * kFeatures, kFeatures, left, 1, tile);
+  FindTile(grid, 1, tile, args.records + whole);
+}
+
 template <class T>
 void FindCellsAvx2(const FindCellsArgs& args) {
   constexpr int64_t kFeatures = 2 * kGroupPairs;
   const GridRegisters grid(args.grid);
   const int64_t groups = (args.num_features + kFeatures - 1) / kFeatures;
   Tile tile;
+  if (args.rows == 1) return FindCellsOfRow<T>(args, grid, &tile);
   for (int64_t first = 0; first < args.rows; first += kTileRows) {
     const int64_t rows = args.rows - first < kTileRows ? args.rows - first : kTileRows;
     const T* x = static_cast<const T*>(args.x) + first * args.num_features;

@@ -19,6 +19,9 @@ inline constexpr int kGroupPairs = 4;
 // Outputs of the widest block.
 inline constexpr int kMaxBlockOutputs = 32;
 
+// Most of KernelSet::row_outputs.
+inline constexpr int kMaxRowOutputs = 128;
+
 // Cells of kGroupPairs neighbouring pairs of one row, and the positions inside them. round_weights
 // replaces the positions by two 16-bit weights for each pair and line; a record whose weights don't
 // fit keeps its positions, and its first cell is complemented, so that it is negative.
@@ -68,8 +71,9 @@ struct FindCellsArgs {
 // Elements between neighbours in a block of the table.
 struct TableStrides {
   int64_t pair;
-  int64_t line;  // (i1, i2) and (i1 + 1, i2)
-  int64_t cell;  // (i1, i2) and (i1, i2 + 1)
+  int64_t line;   // (i1, i2) and (i1 + 1, i2)
+  int64_t cell;   // (i1, i2) and (i1, i2 + 1)
+  int64_t block;  // a corner in this block and in the next one
 };
 
 struct RoundWeightsArgs {
@@ -99,7 +103,7 @@ struct AccumulateArgs {
   int64_t next_pairs;
 };
 
-// One row of a block, all pairs.
+// One row of neighbouring blocks, all pairs.
 struct AccumulateRowArgs {
   const void* slices;  // the block's first corner of pair 0
   TableStrides strides;
@@ -107,8 +111,9 @@ struct AccumulateRowArgs {
   int64_t num_pairs;
   const CellRecord* records;  // the row's record of the first group
   int64_t record_stride;      // records between two groups
-  int64_t width;              // outputs of this block, a multiple of the vector length
-  float* sums;                // [width]; written, not added to
+  int64_t num_blocks;         // more than 1 only where KernelSet::row_outputs allows it
+  int64_t width;              // outputs of each block, a multiple of the vector length
+  float* sums;                // [num_blocks][width]; written, not added to
 };
 
 struct StoreArgs {
@@ -130,6 +135,7 @@ struct KernelSet {
   void (*round_weights)(const RoundWeightsArgs&);
   void (*accumulate[4])(const AccumulateArgs&);
   void (*accumulate_row[4])(const AccumulateRowArgs&);
+  int64_t row_outputs[4];  // accumulate_row takes as many full blocks at once, but at least one
   void (*store[3])(const StoreArgs&);
 };
 

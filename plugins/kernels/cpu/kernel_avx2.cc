@@ -4,6 +4,16 @@
 #include "find_cells_avx2.h"
 
 namespace lmkan::cpu {
+namespace {
+
+void AccumulateOneRowOfFloats(const AccumulateRowArgs& args) {
+  if (args.width == 2 * Avx2Vector::kLanes) {
+    return AccumulateOneRowOfBlocks<Avx2Vector, float, 2, 2>(args);
+  }
+  AccumulateOneRow<Avx2Vector, float>(args);
+}
+
+}  // namespace
 
 const KernelSet kAvx2Kernels = {
     "avx2",
@@ -13,8 +23,9 @@ const KernelSet kAvx2Kernels = {
     RoundWeights<Avx2Vector>,
     {Accumulate<Avx2Vector, float>, Accumulate<Avx2Vector, Float16>,
      Accumulate<Avx2Vector, BFloat16>, Accumulate<Avx2Vector, Int8Pair>},
-    {AccumulateOneRow<Avx2Vector, float>, AccumulateOneRow<Avx2Vector, Float16>,
+    {AccumulateOneRowOfFloats, AccumulateOneRow<Avx2Vector, Float16>,
      AccumulateOneRow<Avx2Vector, BFloat16>, AccumulateOneRow<Avx2Vector, Int8Pair>},
+    {32, 1, 1, 1},
     {StoreRows<Avx2Vector, float>, StoreRows<Avx2Vector, Float16>, StoreRows<Avx2Vector, BFloat16>},
 };
 

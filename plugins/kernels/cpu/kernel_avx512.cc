@@ -38,9 +38,23 @@ void AccumulateFloats(const AccumulateArgs& args) {
   Accumulate<Avx2Vector, float>(args);
 }
 
+// Blocks of one row side by side, though, fill vectors of 16.
 void AccumulateOneRowOfFloats(const AccumulateRowArgs& args) {
-  if (args.width == kMaxBlockOutputs) return AccumulateOneRow<Avx512Vector, float>(args);
+  if (args.width == Avx512Vector::kLanes && args.num_blocks > 1) {
+    return AccumulateOneRowOfBlocks<Avx512Vector, float, 1, 8>(args);
+  }
+  if (args.width == kMaxBlockOutputs) {
+    return AccumulateOneRowOfBlocks<Avx512Vector, float, 2, 4>(args);
+  }
   AccumulateOneRow<Avx2Vector, float>(args);
+}
+
+template <class T>
+void AccumulateOneRowOfHalves(const AccumulateRowArgs& args) {
+  if (args.width == kMaxBlockOutputs) {
+    return AccumulateOneRowOfBlocks<Avx2Vector, T, 4, 2>(args);
+  }
+  AccumulateOneRow<Avx2Vector, T>(args);
 }
 
 }  // namespace
@@ -53,8 +67,9 @@ const KernelSet kAvx512Kernels = {
     RoundWeights<Avx2Vector>,
     {AccumulateFloats, Accumulate<Avx2Vector, Float16>, Accumulate<Avx2Vector, BFloat16>,
      Accumulate<VnniVector, Int8Pair>},
-    {AccumulateOneRowOfFloats, AccumulateOneRow<Avx2Vector, Float16>,
-     AccumulateOneRow<Avx2Vector, BFloat16>, AccumulateOneRow<VnniVector, Int8Pair>},
+    {AccumulateOneRowOfFloats, AccumulateOneRowOfHalves<Float16>,
+     AccumulateOneRowOfHalves<BFloat16>, AccumulateOneRow<VnniVector, Int8Pair>},
+    {128, 64, 64, 1},
     {StoreRows<Avx2Vector, float>, StoreRows<Avx2Vector, Float16>, StoreRows<Avx2Vector, BFloat16>},
 };
 

@@ -151,6 +151,7 @@ const KernelSet kPortableKernels = {
      Accumulate<PortableVector, BFloat16>, Accumulate<PortableVector, Int8Pair>},
     {AccumulateOneRow<PortableVector, float>, AccumulateOneRow<PortableVector, Float16>,
      AccumulateOneRow<PortableVector, BFloat16>, AccumulateOneRow<PortableVector, Int8Pair>},
+    {1, 1, 1, 1},
     {StoreRows<PortableVector, float>, StoreRows<PortableVector, Float16>,
      StoreRows<PortableVector, BFloat16>},
 };

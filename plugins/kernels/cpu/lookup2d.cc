@@ -25,6 +25,9 @@ constexpr int64_t kFewRows = 4;
 // A table of fewer bytes stays in the second-level cache from call to call.
 constexpr int64_t kCachedTable = int64_t{1} << 20;
 
+// Entries of a table above which a row reads its blocks one after the other.
+constexpr int64_t kSpreadTable = int64_t{8} << 20;
+
 // Evaluations (one row, pair and output) below which a task costs more than it gains.
 constexpr int64_t kTaskEvaluations = 64 * 1024;
 
@@ -65,7 +68,8 @@ class Scratch {
   // False when there is no memory.
   bool Allocate(int64_t groups, int64_t rows) {
     const int64_t record_bytes = RoundUpToCacheLine(groups * rows * int64_t{sizeof(CellRecord)});
-    const int64_t sum_bytes = RoundUpToCacheLine(rows * kMaxBlockOutputs * int64_t{sizeof(float)});
+    const int64_t sums = std::max<int64_t>(rows * kMaxBlockOutputs, kMaxRowOutputs);
+    const int64_t sum_bytes = RoundUpToCacheLine(sums * int64_t{sizeof(float)});
     char* memory = stack_;
     if (record_bytes + sum_bytes > static_cast<int64_t>(sizeof stack_)) {
       heap_.reset(static_cast<char*>(
@@ -121,6 +125,25 @@ void FindCells(const lmkan_cpu_table& table, lmkan_dtype dtype, const char* x, i
   }
 }
 
+// `count` blocks from the first on as one. They are equally wide.
+Block Together(const lmkan_cpu_table& table, const Block& first, int64_t count) {
+  Block block = first;
+  block.width *= count;
+  block.outputs = std::min(block.width, table.num_outputs - first.first_output);
+  return block;
+}
+
+// How many blocks from b on, before `end`, the rows take at once. Several share the work on
+// weights, but spread over memory: more than one row, or a table that caches can't hold, loses more
+// by that.
+int64_t BlocksAtOnce(const lmkan_cpu_table& table, int64_t b, int64_t end, int64_t rows) {
+  if (rows != 1 || table.num_blocks * table.block(0).strides.block > kSpreadTable) return 1;
+  const int64_t width = table.block(b).width;
+  const int64_t most =
+      std::min(end - b, std::max<int64_t>(1, table.kernels->row_outputs[table.dtype] / width));
+  return table.block(b + most - 1).width == width ? most : std::max<int64_t>(1, most - 1);
+}
+
 // Where the sums of a block go: to y where that is float32 and takes whole vectors, otherwise to
 // the scratch memory, from which Store takes them.
 struct Sums {
@@ -137,9 +160,9 @@ Sums SumsOf(const lmkan_cpu_table& table, lmkan_dtype dtype, const Block& block,
   return {reinterpret_cast<float*>(y) + block.first_output, table.num_outputs, false};
 }
 
-// A block row by row.
-void AccumulateFewRows(const lmkan_cpu_table& table, const Block& block, int64_t rows,
-                       const Scratch& scratch, const Sums& sums) {
+// Neighbouring blocks row by row.
+void AccumulateFewRows(const lmkan_cpu_table& table, const Block& block, int64_t num_blocks,
+                       int64_t rows, const Scratch& scratch, const Sums& sums) {
   AccumulateRowArgs args;
   const Slice slice = SliceOf(table, block, 0);
   args.slices = slice.data;
@@ -147,6 +170,7 @@ void AccumulateFewRows(const lmkan_cpu_table& table, const Block& block, int64_t
   args.scales = slice.scales;
   args.num_pairs = table.num_pairs;
   args.record_stride = rows;
+  args.num_blocks = num_blocks;
   args.width = block.width;
   for (int64_t r = 0; r < rows; ++r) {
     args.records = scratch.records() + r;
@@ -223,11 +247,13 @@ lmkan_status RunTask(const lmkan_cpu_table& table, lmkan_dtype dtype, const char
     FindCells(table, dtype, x + first * 2 * table.num_pairs * DtypeSize(dtype), count,
               scratch.records());
     char* const chunk_y = y + first * table.num_outputs * DtypeSize(dtype);
-    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      const Block block = table.block(b);
+    int64_t num_blocks;
+    for (int64_t b = blocks.begin; b < blocks.end; b += num_blocks) {
+      num_blocks = BlocksAtOnce(table, b, blocks.end, count);
+      const Block block = Together(table, table.block(b), num_blocks);
       const Sums sums = SumsOf(table, dtype, block, scratch, chunk_y);
       if (count < kFewRows) {
-        AccumulateFewRows(table, block, count, scratch, sums);
+        AccumulateFewRows(table, table.block(b), num_blocks, count, scratch, sums);
       } else {
         const bool is_last_block = b + 1 == blocks.end;
         const Block next = table.block(is_last_block ? blocks.begin : b + 1);

@@ -277,6 +277,8 @@ Block lmkan_cpu_table::block(int64_t index) const {
   block.strides.cell = packed ? block.width : num_outputs;
   block.strides.line = (num_grids + 1) * block.strides.cell;
   block.strides.pair = num_cells() * block.strides.cell;
+  // Between full blocks; the last one may be narrower.
+  block.strides.block = packed ? num_pairs * block.strides.pair : block.width;
   block.offset = packed ? block.first_output * num_pairs * num_cells() : block.first_output;
   block.scales = block.first_output * num_pairs;
   return block;
