@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(shell find plugins -type f)
 
-.PHONY: setup test bench lint format demo wheel clean
+.PHONY: setup test bench bench-serving lint format demo wheel clean
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt lmkan_deploy/version.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt --editable '.[cpu,export,test,demo]'
+	$(BIN)/pip install --quiet -c constraints.txt --editable '.[cpu,export,serve,test,demo]'
 	touch $@
 
 test: setup ## All tests of Python and C++.
@@ -29,6 +29,10 @@ bench: setup ## Timings, ratios and plots in build/bench/.
 	$(BIN)/python -m pytest benchmarks --quiet --benchmark-json build/bench/timings.json $(BENCH)
 	$(BIN)/python benchmarks/one_row.py build/bench/one_row.json
 	$(BIN)/python benchmarks/report.py build/bench
+
+bench-serving: setup ## Requests a second of the server; needs wrk.
+	mkdir -p build/bench
+	$(BIN)/python benchmarks/serving.py build/bench/serving.md
 
 wheel: setup ## A wheel in dist/.
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

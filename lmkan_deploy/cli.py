@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 import typer
 
 from lmkan_deploy.errors import InputError, LmkanError, VerificationError
+from lmkan_deploy.packaging.command import package
+from lmkan_deploy.serving.command import serve
 from lmkan_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -626,6 +628,10 @@ def inspect(
     from lmkan_deploy import report
 
     report.print_model(info)
+
+
+app.command()(serve)
+app.command()(package)
 
 
 plugins = typer.Typer(

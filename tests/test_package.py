@@ -161,10 +161,11 @@ def test_wheel_contents(wheel: Path) -> None:
     assert re.fullmatch(r"lmkan_deploy-0\.1\.0-py3-none-linux_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "lmkan_deploy").rglob("*.py")}
+    files = [p for p in (ROOT / "lmkan_deploy").rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    sources = {str(p.relative_to(ROOT)) for p in files}
     packaged = {name for name in names if not name.startswith("lmkan_deploy-0.1.0.dist-info/")}
     libraries_built = {"lmkan_deploy/lib/liblmkan_cpu.so", "lmkan_deploy/lib/liblmkan_onnxruntime.so"}
-    assert packaged == sources | libraries_built | {"lmkan_deploy/py.typed"}
+    assert packaged == sources | libraries_built
     assert {name.split("/")[0] for name in packaged} == {"lmkan_deploy"}  # never `cli` or `converters`
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import subprocess
@@ -10,26 +12,47 @@ from pathlib import Path
 
 import numpy as np
 
+from served import Served
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+EXTRAS = re.findall(r"^([\w-]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 def test_commands_and_programs(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        run_commands_and_programs(tmp_path, stack)
+
+
+def run_commands_and_programs(tmp_path: Path, stack: contextlib.ExitStack) -> None:
     x = np.random.default_rng(0).standard_normal((200, 16), dtype=np.float32)
     np.save(tmp_path / "x.npy", x)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     program, commands = "", 0
+    server: Served | None = None
     for language, text in BLOCKS:
         if language == "python":
             program += text  # later ones use the names of earlier ones
             command: list[str] = [sys.executable, "-c", program]
             subprocess.run(command, cwd=tmp_path, env=environment, check=True)
             continue
+        if "curl" in text:
+            assert server is not None
+            text = text.replace("http://localhost:8000", server.url)
+            answer = subprocess.run(["sh", "-c", text], cwd=tmp_path, capture_output=True, check=True).stdout
+            assert json.loads(answer)["outputs"][0]["shape"] == [1, 1]
+            continue
         for line in text.splitlines():
             if line.startswith("make "):
                 target = line.split()[1]
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+                continue
+            if line.startswith("pip install"):
+                assert set(re.findall(r"\w+", line.split("[")[1])) <= set(EXTRAS), line
+                continue
+            if line.startswith("lmkan-deploy serve"):
+                server = stack.enter_context(Served(tmp_path / line.split()[2]))
                 continue
             subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, check=True)
             commands += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ class TensorSpec:
         return f"{self.name} {self.dtype}[{', '.join('?' if d is None else str(d) for d in self.shape)}]"
 
 
+@functools.cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """NumPy dtype of a name; "bfloat16" is ml_dtypes's."""
     if name == "bfloat16":
@@ -48,8 +50,8 @@ def check_inputs(specs: Sequence[TensorSpec], feeds: Mapping[str, NDArray[Any]])
     Raises:
         InputError: An input is missing or unknown, or has another rank, size or dtype than expected.
     """
-    expected, found = [spec.name for spec in specs], list(feeds)
-    if sorted(expected) != sorted(found):
+    if len(specs) != len(feeds) or not all(spec.name in feeds for spec in specs):
+        expected, found = [spec.name for spec in specs], list(feeds)
         raise InputError(f"expected the inputs {', '.join(expected)}, found {', '.join(found) or 'none'}")
     sizes: dict[str, int] = {}
     for spec in specs:

@@ -1,0 +1,322 @@
+"""The models that a server has: loading, versions, replacing while requests go on."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lmkan_deploy.errors import InputError, LmkanError, ModelError
+from lmkan_deploy.runtime.runner import Runner, RuntimeName, load_runner
+from lmkan_deploy.runtime.tensors import random_inputs
+from lmkan_deploy.serving.batching import Batcher, BatchingOptions, batch_axis
+from lmkan_deploy.serving.errors import NotFoundError, UnavailableError
+from lmkan_deploy.serving.metrics import Metrics, ModelMetrics
+
+_log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"(?!stats$)[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")  # /v2/models/stats is taken
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
+_SUFFIXES = (".onnx", ".engine")
+
+Load = Callable[[Path], Runner]
+
+
+def check_name(name: str) -> str:
+    """The name, where it may be one.
+
+    Raises:
+        InputError: It holds something else than letters, digits, `_`, `-` and `.`, or is too long.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            "expected a model name of at most 128 letters, digits, _, - and ., beginning with a letter or digit "
+            f"and other than stats, found {name[:150]!r}"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One version of a model, ready for requests."""
+
+    name: str
+    version: str
+    file: Path
+    runner: Runner
+    batcher: Batcher
+    metrics: ModelMetrics
+    state: tuple[object, ...]
+    """What the file looked like when it was read."""
+
+    @property
+    def platform(self) -> str:
+        """Triton's name of what runs the model."""
+        return "tensorrt_plan" if self.file.suffix == ".engine" else "onnxruntime_onnx"
+
+
+def model_files(path: Path) -> dict[str, Path]:
+    """Version -> model file, of a file (version 1) or of a folder with a folder for each version.
+
+    Raises:
+        ModelError: There is no model.
+    """
+    if path.is_file():
+        return {"1": path}
+    found = {}
+    if path.is_dir():
+        for folder in path.iterdir():
+            files = [folder / f"model{suffix}" for suffix in _SUFFIXES]
+            file = next((file for file in files if file.is_file()), None)
+            if _VERSION.fullmatch(folder.name) and file is not None:
+                found[folder.name] = file
+    if not found:
+        raise ModelError(
+            "expected an .onnx or .engine file, or a folder with VERSION/model.onnx, such as 1/model.onnx, "
+            f"found none at {path}"
+        )
+    return found
+
+
+def find_models(folder: Path) -> dict[str, Path]:
+    """Model name -> path for `model_files`: every model file and every folder of versions in a folder.
+
+    Raises:
+        ModelError: It is no folder.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"expected a folder of models, found no folder {folder}")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        name = path.stem if path.suffix in _SUFFIXES and path.is_file() else path.name
+        is_model = path.is_file() and path.suffix in _SUFFIXES
+        if not is_model and path.is_dir():
+            is_model = any(_VERSION.fullmatch(entry.name) for entry in path.iterdir())
+        if is_model and _NAME.fullmatch(name):
+            found[name] = path
+    return found
+
+
+class ModelStore:
+    """All models of a server process.
+
+    Args:
+        sources: Model name -> path for `model_files`.
+        folder: Where `load` finds models that `sources` does not name.
+        options: For every model's batcher.
+        metrics: Where models count.
+        runtime: What runs ONNX files.
+        threads: Threads of one run; None leaves the choice to ONNX Runtime.
+
+    Requests keep the model they began with: replacing or unloading one lets it finish its queue first.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Path],
+        *,
+        folder: Path | None = None,
+        options: BatchingOptions,
+        metrics: Metrics,
+        runtime: RuntimeName = "onnxruntime",
+        threads: int | None = None,
+    ) -> None:
+        self._sources = {check_name(name): path for name, path in sources.items()}
+        self._folder, self._metrics = folder, metrics
+        self.options = options
+        self._load = functools.partial(load_runner, runtime=runtime, threads=threads)
+        self._served: dict[str, dict[str, ServedModel]] = {}
+        self._problems: dict[str, str] = {}
+        self._lock = asyncio.Lock()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def get(self, name: str, version: str | None = None) -> ServedModel:
+        """A model; without a version the newest.
+
+        Raises:
+            NotFoundError: There is no such model or version.
+            UnavailableError: It is not loaded.
+        """
+        versions = self._served.get(name)
+        if not versions:
+            if name in self._sources:
+                problem = self._problems.get(name, "it was unloaded")
+                raise UnavailableError(f"model {name} is not ready: {problem}; load it, or try again later")
+            known = ", ".join(sorted(self._served)) or "none"
+            raise NotFoundError(f"expected a model of {known}, found {name[:150]!r}")
+        if not version:
+            return versions[max(versions, key=int)]
+        if version not in versions:
+            have = ", ".join(sorted(versions, key=int))
+            raise NotFoundError(f"expected a version of {have} of model {name}, found {version[:30]!r}")
+        return versions[version]
+
+    @property
+    def names(self) -> list[str]:
+        """All known models, loaded or not."""
+        return sorted(self._sources)
+
+    def versions(self, name: str) -> list[ServedModel]:
+        """The loaded versions of a model, oldest first."""
+        return sorted(self._served.get(name, {}).values(), key=lambda model: int(model.version))
+
+    def loaded(self) -> list[ServedModel]:
+        """Every loaded version of every model."""
+        return [model for name in sorted(self._served) for model in self.versions(name)]
+
+    def index(self) -> list[dict[str, str]]:
+        """Every known model in the fields of the protocol's repository index."""
+        entries = []
+        for name in self.names:
+            problem = self._problems.get(name, "")
+            for model in self.versions(name):
+                entries.append({"name": name, "version": model.version, "state": "READY", "reason": problem})
+            if not self._served.get(name):
+                entries.append(
+                    {"name": name, "version": "", "state": "UNAVAILABLE", "reason": problem or "unloaded"}
+                )
+        return entries
+
+    def problem(self, name: str) -> str | None:
+        """Why the last load of a model failed; None where it did not."""
+        return self._problems.get(name)
+
+    @property
+    def ready(self) -> bool:
+        """Whether every known model is loaded, or was unloaded by request."""
+        return not any(name in self._problems and not self._served.get(name) for name in self._sources)
+
+    async def load(self, name: str) -> None:
+        """Loads a model, or replaces it by what its files hold now. On failure the old one goes on.
+
+        Raises:
+            LmkanError: There is no such model, or it can't be loaded or run.
+        """
+        async with self._lock:
+            path = self._source(check_name(name))
+            old = self._served.get(name, {})
+            try:
+                new = {}
+                for version, file in (await asyncio.to_thread(model_files, path)).items():
+                    state = await asyncio.to_thread(_file_state, file)
+                    kept = old.get(version)
+                    if kept is not None and (kept.file, kept.state) == (file, state):
+                        new[version] = kept
+                    else:
+                        new[version] = await self._open(name, version, file, state)
+            except (LmkanError, OSError) as error:
+                self._problems[name] = str(error)
+                self._metrics.loads.labels(name, "", "failed").inc()
+                _log.warning("model %s: could not load: %s", name, error)
+                if isinstance(error, OSError):
+                    raise ModelError(f"expected to read {path}, found {error.strerror}") from error
+                raise
+            self._problems.pop(name, None)
+            self._sources[name], self._served[name] = path, new
+            self._metrics.loads.labels(name, "", "done").inc()
+            _log.info("model %s: serving version %s", name, ", ".join(sorted(new, key=int)))
+            self._retire(model for version, model in old.items() if new.get(version) is not model)
+
+    async def unload(self, name: str) -> None:
+        """Stops serving a model; requests that it has are answered.
+
+        Raises:
+            NotFoundError: There is no such model.
+        """
+        async with self._lock:
+            if name not in self._sources:
+                raise NotFoundError(f"expected a model of {', '.join(self.names)}, found {name[:150]!r}")
+            old = self._served.pop(name, {})
+            self._problems.pop(name, None)
+            _log.info("model %s: unloaded", name)
+            self._retire(old.values())
+
+    async def changed(self) -> list[str]:
+        """Loaded models whose files are others than those that were read, and still there."""
+        return await asyncio.to_thread(
+            lambda: [name for name in list(self._served) if self._served[name] and self._has_changed(name)]
+        )
+
+    async def close(self) -> None:
+        """Returns when every request is answered."""
+        async with self._lock:
+            for versions in self._served.values():
+                self._retire(versions.values())
+            self._served.clear()
+        await asyncio.gather(*self._closing)
+
+    def _source(self, name: str) -> Path:
+        if name in self._sources:
+            return self._sources[name]
+        if self._folder is not None:
+            found = find_models(self._folder)
+            if name in found:
+                return found[name]
+        where = "" if self._folder is None else f", or one in {self._folder}"
+        raise NotFoundError(f"expected a model of {', '.join(self.names) or 'none'}{where}, found {name!r}")
+
+    async def _open(self, name: str, version: str, file: Path, state: tuple[object, ...]) -> ServedModel:
+        runner = await asyncio.to_thread(_open_and_try, self._load, file, self.options)
+        metrics = self._metrics.of_model(name, version)
+        return ServedModel(
+            name, version, file, runner, Batcher(runner, self.options, metrics), metrics, state
+        )
+
+    def _retire(self, models: Iterable[ServedModel]) -> None:
+        for model in models:
+            task = asyncio.get_running_loop().create_task(model.batcher.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    def _has_changed(self, name: str) -> bool:
+        try:
+            files = model_files(self._sources[name])
+            served = self._served[name]
+            if files.keys() != served.keys():
+                return True
+            return any(_file_state(file) != served[version].state for version, file in files.items())
+        except (LmkanError, OSError):
+            return False  # a file that is gone or half written replaces nothing
+
+
+def _file_state(file: Path) -> tuple[object, ...]:
+    """Changes whenever the model's file or its external data does."""
+    result: list[object] = []
+    for path in (file, *_companions(file)):
+        status = path.stat()
+        result += [path.name, status.st_ino, status.st_size, status.st_mtime_ns]
+    return tuple(result)
+
+
+def _companions(file: Path) -> list[Path]:
+    """Files beside a model that belong to it: external data, an engine's manifest."""
+    return sorted(path for path in (Path(f"{file}.data"), Path(f"{file}.json")) if path.is_file())
+
+
+def _open_and_try(load: Load, file: Path, options: BatchingOptions) -> Runner:
+    """Loads a model and runs it once on one row and once on a full batch, so that the first request waits for
+    nothing, and a model that can't run is never served.
+    """
+    companions = _companions(file)
+    if companions and file.suffix == ".onnx":
+        # ONNX Runtime maps external data into memory: cutting the file short would end the process.
+        with tempfile.TemporaryDirectory(prefix="lmkan-serve-") as folder:
+            for path in (file, *companions):
+                shutil.copyfile(path, Path(folder) / path.name)
+            runner = load(Path(folder) / file.name)
+    else:
+        runner = load(file)
+    started = time.perf_counter()
+    for rows in (1, options.max_batch) if batch_axis(runner) else (1,):
+        runner.run(random_inputs(runner.inputs, {None: rows}, np.random.default_rng(0)))
+    _log.debug("%s: first runs took %.3f s", file, time.perf_counter() - started)
+    return runner
