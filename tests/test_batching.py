@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lmkan_deploy.errors import InputError
 from lmkan_deploy.runtime.tensors import TensorSpec, check_inputs
+from lmkan_deploy.serving import batching
 from lmkan_deploy.serving.batching import Batcher, BatchingOptions
 from lmkan_deploy.serving.errors import DeadlineError, OverloadedError, UnavailableError
 from lmkan_deploy.serving.patience import Patience
@@ -111,11 +112,12 @@ def test_requests_wait_for_others_until_the_delay_or_a_full_batch() -> None:
         batcher, _ = make(runner, max_batch=4, max_delay=0.2)
         started = time.monotonic()
         await batcher.submit(rows(1))
-        assert 0.15 < time.monotonic() - started < 1.0
-        started = time.monotonic()
+        assert time.monotonic() - started > 0.15
+        assert runner.batches == [(1, 2)]
+        runner = Doubler()
+        batcher, _ = make(runner, max_batch=4, max_delay=3600)
         await asyncio.gather(batcher.submit(rows(1)), batcher.submit(rows(3)))
-        assert time.monotonic() - started < 0.15
-        assert runner.batches == [(1, 2), (4, 2)]
+        assert runner.batches == [(4, 2)]
 
     run(test)
 
@@ -251,7 +253,9 @@ def test_closing_answers_what_waits() -> None:
     run(test)
 
 
-def test_fast_models_run_in_the_event_loop_and_slow_ones_beside_it() -> None:
+def test_fast_models_run_in_the_event_loop_and_slow_ones_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "INLINE_SECONDS", 0.25)  # for busy machines
+
     async def test() -> None:
         threads: list[int] = []
 
@@ -269,7 +273,7 @@ def test_fast_models_run_in_the_event_loop_and_slow_ones_beside_it() -> None:
             await batcher.submit(rows(1))
         assert threads[0] != threading.get_ident()  # nothing is known of it yet
         assert threads[1:] == [threading.get_ident()] * 2
-        runner.pause = 0.05
+        runner.pause = 0.6
         await batcher.submit(rows(1))
         await batcher.submit(rows(1))
         assert threads[-1] != threading.get_ident()

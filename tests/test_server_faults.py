@@ -207,7 +207,7 @@ def raw(server: Served) -> socket.socket:
 def test_clients_that_are_slow_or_leave(stack: ExportedStack, answer: np.ndarray) -> None:
     body = json.dumps(json_request(X)).encode()
     head = f"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    with Served("--model", f"net={stack.onnx}", "--no-grpc", "--max-delay-us", 300_000) as server:
+    with Served("--model", f"net={stack.onnx}", "--no-grpc", "--max-delay-us", 1_000_000) as server:
         for part in (head[:20], head, head + body[:30]):
             client = raw(server)
             client.sendall(part)
@@ -325,6 +325,16 @@ def test_a_full_queue(stack: ExportedStack) -> None:
         status, problem, headers = server.request("/v2/models/net/infer", json_request(X.repeat(5, 0)))
         assert (status, headers["retry-after"]) == (429, "1")
         assert "at most 4 rows in the queue" in problem["error"]
+
+
+def test_too_many_connections(stack: ExportedStack) -> None:
+    with Served("--model", f"net={stack.onnx}", "--no-grpc", "--max-connections", 3) as server:
+        idle = [raw(server) for _ in range(3)]
+        time.sleep(0.1)
+        assert server.request("/v2/health/ready")[0] == 503
+        for client in idle:
+            client.close()
+        server.wait_for(lambda: server.request("/v2/health/ready")[0] == 200)
 
 
 # --- Nonsense ----------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from lmkan_deploy.serving.logs import set_up_logs
 from lmkan_deploy.serving.metrics import Metrics
 from lmkan_deploy.serving.models import ModelStore
 from lmkan_deploy.serving.options import ServerOptions
+from lmkan_deploy.serving.protocol import Protocol
 
 _log = logging.getLogger(__name__)
 
@@ -131,6 +132,7 @@ async def _serve(
     server = _HttpServer(
         uvicorn.Config(
             make_http_app(context),
+            http=Protocol,
             log_config=None,
             access_log=False,
             server_header=False,
