@@ -22,8 +22,7 @@ from lmkan_deploy.runtime.tensors import Arrays, check_inputs, numpy_dtype
 from lmkan_deploy.serving.errors import OverloadedError, UnavailableError
 
 INLINE_SECONDS = 1e-3
-"""Batches that take less than this run in the event loop: handing them to a thread and back costs tens of
-microseconds, and milliseconds where the two wait for Python's interpreter lock."""
+"""Batches that take less than this run in the event loop, without a thread in between."""
 
 
 @dataclass(frozen=True)
