@@ -1,6 +1,6 @@
-"""Ratios, tables and plots from one run of the benchmarks.
+"""Ratios, tables and plots from what run.py wrote.
 
-Usage: report.py FOLDER, which holds timings.json, bandwidth.json, and perhaps one_row.json.
+Usage: report.py FOLDER
 
 Writes report.md and PNG plots.
 """
@@ -22,7 +22,7 @@ TARGETS = {  # time relative to a dense layer: float32, best low-precision table
     "128x128-G26-B1": (1.5, None),
 }
 
-FORM_TARGETS = {"float32": 0, "float16": 1, "int8": 1, "float32-avx2": 0, "int8-avx2": 1}
+FORM_TARGETS = {"float32": 0, "float16": 1, "bfloat16": 1, "int8": 1}
 
 Entry = dict[str, Any]
 
@@ -157,31 +157,47 @@ def plot_curves(entries: list[Entry], folder: Path) -> list[str]:
     return links
 
 
-def main() -> None:
-    """Command line."""
-    folder = Path(sys.argv[1])
-    timings = json.loads((folder / "timings.json").read_text())
+def layer_parts(folder: Path, title: str, entries: list[Entry]) -> list[str]:
+    """One layer's timings, one row's from C++, and the machine's bandwidth."""
     levels = json.loads((folder / "bandwidth.json").read_text())
     bandwidth = {int(size): rate for size, rate in levels.items()}
+    rates = ", ".join(f"{size >> 10} KB: {rate / 1e9:.0f}" for size, rate in bandwidth.items())
+    return [
+        f"## {title}",
+        shapes_table(entries, bandwidth),
+        one_row_table(json.loads((folder / "one_row.json").read_text())),
+        f"Load bandwidth in GB/s by working set: {rates}",
+    ]
+
+
+def entries_of(folder: Path) -> tuple[dict[str, Any], dict[str, list[Entry]]]:
+    """The timings of a run, and its entries by kind."""
+    timings = json.loads((folder / "timings.json").read_text())
     by_kind: dict[str, list[Entry]] = {"shapes": [], "curve": [], "chain": []}
     for entry in timings["benchmarks"]:
         by_kind[entry["extra_info"]["kind"]].append(entry)
+    return timings, by_kind
+
+
+def main() -> None:
+    """Command line."""
+    folder = Path(sys.argv[1])
+    timings, by_kind = entries_of(folder)
     cpu = timings["machine_info"]["cpu"].get("brand_raw", timings["machine_info"]["machine"])
     parts = [
         f"# One run\n\n{cpu}, {timings['machine_info'].get('python_version', '')}, {timings['datetime'][:10]}"
     ]
     if by_kind["shapes"]:
-        parts += ["## Shapes, one thread", shapes_table(by_kind["shapes"], bandwidth)]
-    if (folder / "one_row.json").exists():
-        parts.append(one_row_table(json.loads((folder / "one_row.json").read_text())))
+        parts += layer_parts(folder, "One layer, one thread", by_kind["shapes"])
+    if (folder / "avx2" / "timings.json").exists():
+        entries = entries_of(folder / "avx2")[1]["shapes"]
+        parts += layer_parts(folder / "avx2", "The same without AVX-512", entries)
     if by_kind["chain"]:
         parts += ["## Chains, one thread", chains_table(by_kind["chain"])]
     threads = [e for e in by_kind["curve"] if e["extra_info"]["curve"] == "threads"]
     if threads:
         parts += ["## Threads", threads_table(threads)]
     parts += plot_curves(by_kind["curve"], folder)
-    rates = ", ".join(f"{size >> 10} KB: {rate / 1e9:.0f}" for size, rate in bandwidth.items())
-    parts += ["## Load bandwidth, GB/s by working set", rates]
     text = "\n\n".join(parts) + "\n"
     (folder / "report.md").write_text(text)
     print(text)

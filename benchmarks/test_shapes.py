@@ -16,7 +16,7 @@ SHAPES = [
     (64, 64, 12, 8192),
     (128, 128, 26, 1),
 ]
-FORMS = ["dense", "float32", "float16", "int8", "float32-avx2", "int8-avx2"]
+FORMS = ["dense", "float32", "float16", "bfloat16", "int8"]
 OTHER_FORMS = ["function", "embedding_bag", "identity"]
 OTHER_SHAPES = [(128, 128, 26, 1024), (128, 128, 26, 1)]
 
@@ -39,13 +39,7 @@ def test_shapes(benchmark, shape: tuple[int, int, int, int], form: str) -> None:
         run = {
             **{
                 dtype: lambda dtype=dtype: workloads.lookup(x, [workloads.in_type(table, dtype)])
-                for dtype in ("float32", "float16", "int8")
-            },
-            **{
-                f"{dtype}-avx2": lambda dtype=dtype: workloads.lookup(
-                    x, [workloads.in_type(table, dtype)], library=workloads.AVX2_LIBRARY
-                )
-                for dtype in ("float32", "int8")
+                for dtype in ("float32", "float16", "bfloat16", "int8")
             },
             "function": lambda: workloads.lookup(x, [table], custom_ops=False),
             "embedding_bag": lambda: workloads.embedding_bag(x, table),

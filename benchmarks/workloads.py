@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -17,9 +18,6 @@ from lmkan_deploy.reference import dequantize_table, lookup2d
 from lmkan_deploy.spec import DOMAIN, OP_TYPE, QUANTIZED_OP_TYPE
 
 OPSET = 20
-
-AVX2_LIBRARY = Path(__file__).parent.parent / "build/bench/avx2/plugins/onnxruntime/liblmkan_onnxruntime.so"
-"""The custom operators built without AVX-512 kernels; `make bench` builds it."""
 
 Run = Callable[[], object]
 
@@ -35,8 +33,10 @@ Layer = np.ndarray | tuple[np.ndarray, np.ndarray]
 
 
 def in_type(table: np.ndarray, form: str) -> Layer:
-    """A float32 table in another type: float32, float16 or int8."""
-    return quantize_table(table) if form == "int8" else table.astype(form)
+    """A float32 table in another type: float32, float16, bfloat16 or int8."""
+    if form == "int8":
+        return quantize_table(table)
+    return table.astype(ml_dtypes.bfloat16 if form == "bfloat16" else form)
 
 
 def _values(layer: Layer) -> np.ndarray:
@@ -99,12 +99,10 @@ def lookup(
     layers: Sequence[Layer],
     *,
     custom_ops: bool = True,
-    library: Path | None = None,
     threads: int = 1,
 ) -> Run:
     """A chain of lookup layers in ONNX Runtime, checked on the first rows."""
-    if custom_ops and library is None:
-        library = lmkan_deploy.get_library_path("onnxruntime")
+    library = lmkan_deploy.get_library_path("onnxruntime") if custom_ops else None
     session = _session(lookup_model(layers), library=library, threads=threads)
     want = x[:8]
     for layer in layers:

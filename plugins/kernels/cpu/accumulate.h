@@ -113,21 +113,15 @@ LMKAN_ALWAYS_INLINE void AddPair(const T* first_corner, const TableStrides& stri
                                  const Weights<V>& weights, typename V::Reg (&sums)[kVectors]) {
   const T* corners[4] = {first_corner, first_corner + strides.cell, first_corner + strides.line,
                          first_corner + strides.line + strides.cell};
-  // Apart from the sums, so that the pairs wait for one another only in the last addition.
-  typename V::Reg values[kVectors];
-  const typename V::Reg first_weight = V::template Repeat<kPair>(weights.corner[0]);
-  for (int v = 0; v < kVectors; ++v) {
-    const T* first = corners[0] + VectorOffset<V, kBlockVectors>(strides, v);
-    values[v] = V::Multiply(first_weight, V::Load(first));
-  }
-  for (int c = 1; c < 4; ++c) {
+  // Straight into the sums: a register for each pair's own value would cost an addition more, and
+  // while one row's additions wait for one another the processor is at the next row.
+  for (int c = 0; c < 4; ++c) {
     const typename V::Reg weight = V::template Repeat<kPair>(weights.corner[c]);
     for (int v = 0; v < kVectors; ++v) {
       const T* entries = corners[c] + VectorOffset<V, kBlockVectors>(strides, v);
-      values[v] = V::MultiplyAdd(weight, V::Load(entries), values[v]);
+      sums[v] = V::MultiplyAdd(weight, V::Load(entries), sums[v]);
     }
   }
-  for (int v = 0; v < kVectors; ++v) sums[v] = V::Add(sums[v], values[v]);
 }
 
 // Adds the pairs kPair... of a group.

@@ -129,8 +129,7 @@ struct StoreArgs {
 // table for accumulate.
 struct KernelSet {
   const char* name;
-  int lanes;              // float32 values in a vector; a block's width is a multiple
-  bool has_wide_vectors;  // the widest blocks of float32 have vectors of their own
+  int lanes;  // float32 values in a vector; a block's width is a multiple
   void (*find_cells[3])(const FindCellsArgs&);
   void (*round_weights)(const RoundWeightsArgs&);
   void (*accumulate[4])(const AccumulateArgs&);

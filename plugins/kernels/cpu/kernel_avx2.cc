@@ -6,9 +6,13 @@
 namespace lmkan::cpu {
 namespace {
 
+// Eight vectors of sums are as many as hide the latency of an addition.
 void AccumulateOneRowOfFloats(const AccumulateRowArgs& args) {
   if (args.width == 2 * Avx2Vector::kLanes) {
-    return AccumulateOneRowOfBlocks<Avx2Vector, float, 2, 2>(args);
+    return AccumulateOneRowOfBlocks<Avx2Vector, float, 2, 4>(args);
+  }
+  if (args.width == kMaxBlockOutputs) {
+    return AccumulateOneRowOfBlocks<Avx2Vector, float, 4, 2>(args);
   }
   AccumulateOneRow<Avx2Vector, float>(args);
 }
@@ -18,14 +22,13 @@ void AccumulateOneRowOfFloats(const AccumulateRowArgs& args) {
 const KernelSet kAvx2Kernels = {
     "avx2",
     Avx2Vector::kLanes,
-    false,
     {FindCellsAvx2<float>, FindCellsAvx2<Float16>, FindCellsAvx2<BFloat16>},
     RoundWeights<Avx2Vector>,
     {Accumulate<Avx2Vector, float>, Accumulate<Avx2Vector, Float16>,
      Accumulate<Avx2Vector, BFloat16>, Accumulate<Avx2Vector, Int8Pair>},
     {AccumulateOneRowOfFloats, AccumulateOneRow<Avx2Vector, Float16>,
      AccumulateOneRow<Avx2Vector, BFloat16>, AccumulateOneRow<Avx2Vector, Int8Pair>},
-    {32, 1, 1, 1},
+    {64, 1, 1, 1},
     {StoreRows<Avx2Vector, float>, StoreRows<Avx2Vector, Float16>, StoreRows<Avx2Vector, BFloat16>},
 };
 

@@ -22,6 +22,20 @@ struct Avx512Vector {
   static Reg Subtract(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static Reg Multiply(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static Reg MultiplyAdd(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+
+  static Reg Broadcast(float value) { return _mm512_set1_ps(value); }
+  using IntReg = __m512i;
+  static IntReg BroadcastPair(int32_t pair) { return _mm512_set1_epi32(pair); }
+  static IntReg WidenPairs(const Int8Pair* pairs) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs)));
+  }
+  static IntReg MultiplyPairs(IntReg a, IntReg b) { return _mm512_madd_epi16(a, b); }
+  static IntReg MultiplyAddPairs(IntReg a, IntReg b, IntReg c) {
+    return _mm512_dpwssd_epi32(c, a, b);
+  }
+  static Reg ToFloats(IntReg reg) { return _mm512_cvtepi32_ps(reg); }
+  static IntReg LowHalves(IntReg reg) { return _mm512_srai_epi32(_mm512_slli_epi32(reg, 16), 16); }
+  static IntReg HighHalves(IntReg reg) { return _mm512_srai_epi32(reg, 16); }
 };
 
 // Vectors of 8 for INT8 tables, with the instruction that multiplies and adds at once.
@@ -31,8 +45,9 @@ struct VnniVector : Avx2Vector {
   }
 };
 
-// Vectors of 16 for the widest blocks, which belong to small tables. Elsewhere vectors of 8 are
-// faster: blocks of 16 outputs leave too few vectors of 16, and widening 16 halves at once is slow.
+// Vectors of 16 for the widest blocks: those of small tables, and of INT8. Elsewhere vectors of 8
+// are faster: blocks of 16 outputs leave too few vectors of 16, and widening 16 halves at once is
+// slow.
 void AccumulateFloats(const AccumulateArgs& args) {
   if (args.width == kMaxBlockOutputs) return Accumulate<Avx512Vector, float>(args);
   Accumulate<Avx2Vector, float>(args);
@@ -49,6 +64,16 @@ void AccumulateOneRowOfFloats(const AccumulateRowArgs& args) {
   AccumulateOneRow<Avx2Vector, float>(args);
 }
 
+void AccumulateInt8(const AccumulateArgs& args) {
+  if (args.width == kMaxBlockOutputs) return Accumulate<Avx512Vector, Int8Pair>(args);
+  Accumulate<VnniVector, Int8Pair>(args);
+}
+
+void AccumulateOneRowOfInt8(const AccumulateRowArgs& args) {
+  if (args.width == kMaxBlockOutputs) return AccumulateOneRow<Avx512Vector, Int8Pair>(args);
+  AccumulateOneRow<VnniVector, Int8Pair>(args);
+}
+
 template <class T>
 void AccumulateOneRowOfHalves(const AccumulateRowArgs& args) {
   if (args.width == kMaxBlockOutputs) {
@@ -62,13 +87,12 @@ void AccumulateOneRowOfHalves(const AccumulateRowArgs& args) {
 const KernelSet kAvx512Kernels = {
     "avx512",
     Avx2Vector::kLanes,
-    true,
     {FindCellsAvx2<float>, FindCellsAvx2<Float16>, FindCellsAvx2<BFloat16>},
     RoundWeights<Avx2Vector>,
     {AccumulateFloats, Accumulate<Avx2Vector, Float16>, Accumulate<Avx2Vector, BFloat16>,
-     Accumulate<VnniVector, Int8Pair>},
+     AccumulateInt8},
     {AccumulateOneRowOfFloats, AccumulateOneRowOfHalves<Float16>,
-     AccumulateOneRowOfHalves<BFloat16>, AccumulateOneRow<VnniVector, Int8Pair>},
+     AccumulateOneRowOfHalves<BFloat16>, AccumulateOneRowOfInt8},
     {128, 64, 64, 1},
     {StoreRows<Avx2Vector, float>, StoreRows<Avx2Vector, Float16>, StoreRows<Avx2Vector, BFloat16>},
 };

@@ -144,7 +144,6 @@ void FindCells(const FindCellsArgs& args) {
 const KernelSet kPortableKernels = {
     "portable",
     PortableVector::kLanes,
-    false,
     {FindCells<float>, FindCells<Float16>, FindCells<BFloat16>},
     RoundWeights<PortableVector>,
     {Accumulate<PortableVector, float>, Accumulate<PortableVector, Float16>,

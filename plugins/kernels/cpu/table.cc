@@ -193,7 +193,7 @@ int64_t BlockOutputs(const lmkan_cpu_table& table, lmkan_ownership ownership) {
   if (ownership == LMKAN_BORROW && table.dtype != LMKAN_INT8) return kMaxBlockOutputs;
   const int64_t element = table.element_size();
   const int64_t widest_slice = kGroupPairs * table.num_cells() * kMaxBlockOutputs * element;
-  if (table.kernels->has_wide_vectors && widest_slice <= kSmallSlice) return kMaxBlockOutputs;
+  if (widest_slice <= kSmallSlice) return kMaxBlockOutputs;
   return kCacheLine / element;
 }
 
