@@ -55,12 +55,12 @@ class BatchObserver(Protocol):
 
 @dataclass(eq=False, slots=True)
 class _Request:
-    """A caller's inputs, in one or more parts."""
+    """A caller's inputs, in one or more parts. `results` has a place for each where there are more."""
 
     future: asyncio.Future[Arrays]
-    results: list[Arrays | None]
-    missing: int
-    parts: list[_Part] = field(default_factory=list)
+    parts: list[_Part]
+    results: list[Arrays]
+    missing: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -73,7 +73,7 @@ class _Part:
     feeds: Mapping[str, NDArray[Any]]
     rows: int
     since: float
-    waits: bool = False
+    waits: bool = True
 
 
 @dataclass(eq=False, slots=True)
@@ -154,19 +154,21 @@ class Batcher:
                 f"expected at most {self._options.max_queue} rows in the queue, found {self._queued_rows} and "
                 f"{rows} more; try again later, or send fewer rows"
             )
-        slices = _slices(rows, self._options.max_batch) if self.joins else [slice(None)]
-        request = _Request(loop.create_future(), [None] * len(slices), len(slices))
+        request = _Request(loop.create_future(), [], [])
         request.future.add_done_callback(lambda _: self._leave(request))
-        group = self._groups.setdefault(key, _Group())
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = _Group()
         now = loop.time()
-        for index, part_slice in enumerate(slices):
-            part_feeds = (
-                feeds if len(slices) == 1 else {name: array[part_slice] for name, array in feeds.items()}
-            )
-            part_rows = rows if len(slices) == 1 else part_slice.stop - part_slice.start
-            part = _Part(group, request, index, part_feeds, part_rows, now)
-            request.parts.append(part)
-            self._enter(part)
+        if rows <= self._options.max_batch or not self.joins:
+            self._enter(_Part(group, request, 0, feeds, rows, now))
+        else:
+            slices = _slices(rows, self._options.max_batch)
+            request.results, request.missing = [{}] * len(slices), len(slices)
+            for index, part_slice in enumerate(slices):
+                part_feeds = {name: array[part_slice] for name, array in feeds.items()}
+                part_rows = part_slice.stop - part_slice.start
+                self._enter(_Part(group, request, index, part_feeds, part_rows, now))
         self._idle.clear()
         self._plan(loop)
         return request.future
@@ -199,6 +201,7 @@ class Batcher:
 
     def _enter(self, part: _Part) -> None:
         part.waits = True
+        part.request.parts.append(part)
         part.group.parts.append(part)
         part.group.rows += part.rows
         self._queued_rows += part.rows
@@ -213,11 +216,14 @@ class Batcher:
 
     def _leave(self, request: _Request) -> None:
         """A request is answered, cancelled or too late: what still waits of it gives up its place."""
-        waiting = [part for part in request.parts if part.waits]
-        request.parts.clear()  # they refer to the request: a cycle would be garbage that has to be searched for
-        for part in waiting:
-            self._withdraw(part)
-        if waiting:
+        # They refer to the request: a cycle would be garbage that has to be searched for.
+        parts, request.parts = request.parts, []
+        waited = False
+        for part in parts:
+            if part.waits:
+                self._withdraw(part)
+                waited = True
+        if waited:
             self._observer.queued(self._queued_rows)
             self._rest()
 
@@ -228,7 +234,7 @@ class Batcher:
 
     def _plan(self, loop: asyncio.AbstractEventLoop) -> None:
         """Starts a run now, or when the oldest request has waited long enough."""
-        if self._running or not self._groups:
+        if self._running or self._starts_soon or not self._groups:
             return
         delay = self._options.max_delay
         if delay and not any(group.rows >= self._options.max_batch for group in self._groups.values()):
@@ -237,10 +243,9 @@ class Batcher:
                 if self._timer is None:
                     self._timer = loop.call_at(due, self._start)
                 return
-        if not self._starts_soon:
-            # Not at once: whatever has arrived by now is read first, and joins.
-            self._starts_soon = True
-            loop.call_soon(self._start)
+        # Not at once: whatever has arrived by now is read first, and joins.
+        self._starts_soon = True
+        loop.call_soon(self._start)
 
     def _start(self) -> None:
         self._starts_soon = False
@@ -278,12 +283,17 @@ class Batcher:
         key, group = min(self._groups.items(), key=lambda item: item[1].parts[0].since)
         batch: list[_Part] = []
         rows = 0
-        while _drop_left(group) and (not batch or rows + group.parts[0].rows <= self._options.max_batch):
-            part = group.parts.popleft()
-            self._withdraw(part)
-            batch.append(part)
-            rows += part.rows
-        if not group.parts:
+        parts, most = group.parts, self._options.max_batch
+        while parts:
+            part = parts[0]
+            if part.waits:
+                if batch and rows + part.rows > most:
+                    break
+                self._withdraw(part)
+                batch.append(part)
+                rows += part.rows
+            parts.popleft()
+        if not parts:
             del self._groups[key]
         self._observer.queued(self._queued_rows)
         return batch
@@ -295,6 +305,7 @@ class Batcher:
             for part in batch:
                 if not part.request.future.done():
                     part.group = self._groups[object()] = _Group()
+                    part.request.parts.remove(part)
                     self._enter(part)
         else:
             self._seconds[size] = 0.5 * (seconds + self._seconds.get(size, seconds))
@@ -314,11 +325,14 @@ class Batcher:
             own = outputs if len(batch) == 1 else {name: array[first:last] for name, array in outputs.items()}
             first = last
             request = part.request
-            request.results[part.index] = own
-            request.missing -= 1
-            if request.missing == 0 and not request.future.done():
-                parts = [result for result in request.results if result is not None]
-                request.future.set_result(_joined(parts))
+            if request.results:
+                request.results[part.index] = own
+                request.missing -= 1
+                if request.missing:
+                    continue
+                own = _joined(request.results)
+            if not request.future.done():
+                request.future.set_result(own)
 
 
 def _slices(rows: int, most: int) -> list[slice]:

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from starlette.applications import Starlette
@@ -118,7 +118,14 @@ class _Entrance:
             if match is None:
                 await self._app(scope, receive, send_with_headers)
             else:
-                await self._infer(match["name"], match["version"], headers, receive, send_with_headers)
+                answer = await self._infer(match["name"], match["version"], headers, receive)
+                if answer is not None:
+                    status = 200
+                    if context.draining:
+                        more.append((b"connection", b"close"))
+                    response = [*answer.headers, *more]
+                    await send({"type": "http.response.start", "status": 200, "headers": response})
+                    await send({"type": "http.response.body", "body": answer.body})
         except LmkanError as error:
             await _send(send_with_headers, _error_json(statuses(error)[0], str(error)))
         except Exception as error:
@@ -139,33 +146,38 @@ class _Entrance:
                 )
 
 
+class _Answer(NamedTuple):
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+
 class _Infer:
-    """The endpoint that matters."""
+    """The endpoint that matters. It answers nothing where nobody is there any more."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
 
     async def __call__(
-        self, name: str, version: str | None, headers: dict[bytes, bytes], receive: Receive, send: Send
-    ) -> None:
+        self, name: str, version: str | None, headers: dict[bytes, bytes], receive: Receive
+    ) -> _Answer | None:
         body = await read_body(headers, receive, self._context)
         model = self._context.store.get(name, version)
         started = time.perf_counter()
-        status = HTTPStatus.OK
+        status = "200"
         try:
-            await self._answer(model, headers, body, receive, send)
+            return await self._answer(model, headers, body, receive)
         except asyncio.CancelledError:
-            status = HTTPStatus.REQUEST_TIMEOUT  # counted only: the client has left
+            status = "408"  # counted only: the client has left
             raise
         except Exception as error:
-            status = statuses(error)[0] if isinstance(error, LmkanError) else HTTPStatus.INTERNAL_SERVER_ERROR
+            status = str(statuses(error)[0].value) if isinstance(error, LmkanError) else "500"
             raise
         finally:
-            model.metrics.answered("http", str(status.value), time.perf_counter() - started)
+            model.metrics.answered("http", status, time.perf_counter() - started)
 
     async def _answer(
-        self, model: ServedModel, headers: dict[bytes, bytes], body: bytes, receive: Receive, send: Send
-    ) -> None:
+        self, model: ServedModel, headers: dict[bytes, bytes], body: bytes, receive: Receive
+    ) -> _Answer | None:
         request = parse_request(body, _header_length(headers))
         future = model.batcher.submit(request.inputs)
 
@@ -179,18 +191,15 @@ class _Infer:
         except asyncio.CancelledError:
             if not future.cancelled():
                 raise
-            return  # nobody is there to be answered
+            return None
         outputs = select_outputs(outputs, request.outputs)
         content, header_length = write_response(
             model.name, model.version, request.id, outputs, request.outputs, request.binary
         )
-        response_headers = [(b"content-length", str(len(content)).encode())]
+        length = (b"content-length", b"%d" % len(content))
         if header_length is None:
-            response_headers.append(_JSON)
-        else:
-            response_headers += [_BYTES, (b"inference-header-content-length", str(header_length).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": response_headers})
-        await send({"type": "http.response.body", "body": content})
+            return _Answer((length, _JSON), content)
+        return _Answer((length, _BYTES, (b"inference-header-content-length", b"%d" % header_length)), content)
 
 
 async def read_body(headers: dict[bytes, bytes], receive: Receive, context: Context) -> bytes:

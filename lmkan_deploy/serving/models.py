@@ -154,7 +154,8 @@ class ModelStore:
             known = ", ".join(sorted(self._served)) or "none"
             raise NotFoundError(f"expected a model of {known}, found {name[:150]!r}")
         if not version:
-            return versions[max(versions, key=int)]
+            newest = next(iter(versions)) if len(versions) == 1 else max(versions, key=int)
+            return versions[newest]
         if version not in versions:
             have = ", ".join(sorted(versions, key=int))
             raise NotFoundError(f"expected a version of {have} of model {name}, found {version[:30]!r}")

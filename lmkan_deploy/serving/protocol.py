@@ -26,6 +26,7 @@ class _JoinedWrites:
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport, self._loop = transport, loop
         self._parts: list[bytes] = []
+        self.is_closing = transport.is_closing  # asked for with every answer, which __getattr__ would slow
 
     def write(self, data: bytes) -> None:
         if not self._parts:
@@ -37,7 +38,7 @@ class _JoinedWrites:
         self._transport.close()
 
     def _flush(self) -> None:
-        if self._parts and not self._transport.is_closing():
+        if self._parts and not self.is_closing():
             self._transport.write(b"".join(self._parts))
         self._parts.clear()
 
