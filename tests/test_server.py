@@ -1,9 +1,13 @@
-"""The server as real clients meet it."""
+"""The server as real clients meet it.
+
+Optional: LMKAN_KSERVE_VENV, a virtual environment with `kserve`, whose requirements contradict this package's.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import ssl
 import subprocess
 import threading
@@ -61,6 +65,27 @@ def expected(stack: ExportedStack):
 
 
 # --- Clients -----------------------------------------------------------------------------------------
+
+
+def test_kserve_client(server: Served, expected, tmp_path: Path) -> None:
+    venv = os.environ.get("LMKAN_KSERVE_VENV")
+    if not venv:
+        pytest.skip("LMKAN_KSERVE_VENV is not set: no KServe client")
+    x = make_rows(3)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", expected(x))
+    script = Path(__file__).parent / "kserve_client.py"
+    command = [
+        Path(venv) / "bin/python",
+        script,
+        server.url,
+        f"127.0.0.1:{server.grpc_port}",
+        "net",
+        "x.npy",
+        "y.npy",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
 def make_inputs(client, x: np.ndarray, **options):
