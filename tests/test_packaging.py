@@ -42,11 +42,11 @@ from tritonclient.grpc import model_config_pb2
 from typer.testing import CliRunner
 
 import lmkan_deploy
+from lmkan_deploy.commands.package import package
 from lmkan_deploy.engines.manifest import Manifest, manifest_path
 from lmkan_deploy.engines.profiles import Profile
 from lmkan_deploy.errors import LmkanError, ModelError
 from lmkan_deploy.packaging import PackageError, package_model
-from lmkan_deploy.packaging.command import package
 from lmkan_deploy.packaging.kserve import kubernetes_name
 from lmkan_deploy.packaging.source import LIBRARY
 from lmkan_deploy.runtime.tensors import random_inputs

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lmkan_deploy.errors import ModelError
+from lmkan_deploy.errors import InputError, ModelError
+from lmkan_deploy.model_name import check_model_name
 from lmkan_deploy.packaging import kserve, ray, triton, triton_python
-from lmkan_deploy.packaging.source import PackageError, Settings, Source, check_name, read_source
+from lmkan_deploy.packaging.source import PackageError, Settings, Source, read_source
 from lmkan_deploy.staging import reported, staging_folder
 
 FormatName = Literal["triton", "triton-python", "kserve", "ray"]
@@ -100,7 +101,7 @@ def package_model(
         if not least <= number <= most:
             raise PackageError(f"expected {what} of {least} to {most}, found {number}")
     settings = Settings(
-        name=check_name(path.stem if name is None else name),
+        name=_checked_name(path.stem if name is None else name),
         max_batch=max_batch,
         max_delay_us=max_delay_us,
         threads=threads,
@@ -118,6 +119,13 @@ def package_model(
         files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
         folder.replace(target)
     return PackageResult(Path(output), format, settings.name, files, start)
+
+
+def _checked_name(name: str) -> str:
+    try:
+        return check_model_name(name)
+    except InputError as error:
+        raise PackageError(f"{error}; pass --name") from error
 
 
 def _new_folder(output: Path) -> Path:

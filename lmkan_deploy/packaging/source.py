@@ -40,7 +40,6 @@ DATATYPES = {
 }
 """This package's names of element types, and the Open Inference Protocol's."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _TEMPLATES = Path(__file__).parent / "templates"
 _EXTERNAL_TENSOR_BYTES = 1024
 
@@ -97,20 +96,6 @@ class Source:
         """Whether requests can be joined: every tensor leads with the same free axis."""
         axes = {spec.shape[0] if spec.shape else 0 for spec in (*self.inputs, *self.outputs)}
         return len(axes) == 1 and isinstance(next(iter(axes)), str)
-
-
-def check_name(name: str) -> str:
-    """The name, where a model may have it.
-
-    Raises:
-        PackageError: It may not: names become folders, and parts of URLs.
-    """
-    if not _NAME.fullmatch(name):
-        raise PackageError(
-            "expected a model name of at most 128 letters, digits, _, - and ., beginning with a letter or digit, "
-            f"found {name[:150]!r}; pass --name"
-        )
-    return name
 
 
 def read_source(path: Path) -> Source:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lmkan_deploy.errors import InputError, LmkanError, ModelError
+from lmkan_deploy.errors import LmkanError, ModelError
+from lmkan_deploy.model_name import check_model_name, is_model_name
 from lmkan_deploy.runtime.runner import Runner, RuntimeName, load_runner
 from lmkan_deploy.runtime.tensors import random_inputs
 from lmkan_deploy.serving.batching import Batcher, BatchingOptions, batch_axis
@@ -24,25 +25,10 @@ from lmkan_deploy.serving.metrics import Metrics, ModelMetrics
 
 _log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"(?!stats$)[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")  # /v2/models/stats is taken
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _SUFFIXES = (".onnx", ".engine")
 
 Load = Callable[[Path], Runner]
-
-
-def check_name(name: str) -> str:
-    """The name, where it may be one.
-
-    Raises:
-        InputError: It holds something else than letters, digits, `_`, `-` and `.`, or is too long.
-    """
-    if not _NAME.fullmatch(name):
-        raise InputError(
-            "expected a model name of at most 128 letters, digits, _, - and ., beginning with a letter or digit "
-            f"and other than stats, found {name[:150]!r}"
-        )
-    return name
 
 
 @dataclass(frozen=True)
@@ -101,7 +87,7 @@ def find_models(folder: Path) -> dict[str, Path]:
         is_model = path.is_file() and path.suffix in _SUFFIXES
         if not is_model and path.is_dir():
             is_model = any(_VERSION.fullmatch(entry.name) for entry in path.iterdir())
-        if is_model and _NAME.fullmatch(name):
+        if is_model and is_model_name(name):
             found[name] = path
     return found
 
@@ -130,7 +116,7 @@ class ModelStore:
         runtime: RuntimeName = "onnxruntime",
         threads: int | None = None,
     ) -> None:
-        self._sources = {check_name(name): path for name, path in sources.items()}
+        self._sources = {check_model_name(name): path for name, path in sources.items()}
         self._folder, self._metrics = folder, metrics
         self.options = options
         self._load = functools.partial(load_runner, runtime=runtime, threads=threads)
@@ -203,7 +189,7 @@ class ModelStore:
             LmkanError: There is no such model, or it can't be loaded or run.
         """
         async with self._lock:
-            path = self._source(check_name(name))
+            path = self._source(check_model_name(name))
             old = self._served.get(name, {})
             try:
                 new = {}

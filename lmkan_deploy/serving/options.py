@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lmkan_deploy.errors import InputError
+from lmkan_deploy.model_name import check_model_name
 from lmkan_deploy.runtime.runner import RuntimeName
 from lmkan_deploy.serving.batching import BatchingOptions
-from lmkan_deploy.serving.models import check_name, find_models, model_files
+from lmkan_deploy.serving.models import find_models, model_files
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class ServerOptions:
                 f"{self.batching.max_queue}; pass a larger --max-queue or a smaller --max-batch"
             )
         for name, path in self.models.items():
-            check_name(name)
+            check_model_name(name)
             model_files(path)
         if not self.all_models():
             where = "" if self.folder is None else f" in {self.folder}"

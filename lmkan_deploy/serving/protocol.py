@@ -7,7 +7,6 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-
 HEAD_SECONDS = 30.0
 """How long a client may take to send the head of a request. uvicorn itself waits for ever, and every
 connection that waits takes one of those that the server may have."""

@@ -1,4 +1,4 @@
-"""The command `lmkan-deploy serve`."""
+"""`lmkan-deploy serve`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `lmkan-deploy package`."""
+"""`lmkan-deploy package`."""
 
 from __future__ import annotations
 

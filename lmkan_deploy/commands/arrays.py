@@ -1,0 +1,69 @@
+"""Arrays in .npz and .npy files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lmkan_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from lmkan_deploy.api import Feeds
+    from lmkan_deploy.runtime.tensors import Arrays
+
+
+def tensor_names(model: Path, side: str) -> list[str]:
+    """Names of a model's inputs or outputs."""
+    if model.suffix == ".engine":
+        from lmkan_deploy.runtime.runner import load_runner
+
+        return [spec.name for spec in getattr(load_runner(model), side)]
+    from lmkan_deploy.converters.model_file import load_model
+
+    return [str(value.name) for value in getattr(load_model(model).graph, side)]
+
+
+def read_arrays(path: Path, names: list[str]) -> Arrays:
+    """Arrays of a file by name; a single array takes the single name."""
+    import zipfile
+    import zlib
+
+    import numpy as np
+
+    try:
+        content = np.load(path, allow_pickle=False)
+        arrays = {key: content[key] for key in content.files} if hasattr(content, "files") else {"": content}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"expected a .npz or .npy file of arrays, could not read {path}: {error}") from error
+    if len(arrays) == 1 and len(names) == 1:
+        return {names[0]: next(iter(arrays.values()))}
+    # A file may hold more than the model needs, such as inputs and expected outputs together.
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise InputError(f"expected arrays {', '.join(names)} in {path}, found {', '.join(arrays) or 'none'}")
+    return {name: arrays[name] for name in names}
+
+
+def read_feeds(path: Path | None) -> Feeds | None:
+    """Arrays for whatever names a model turns out to have."""
+    return None if path is None else lambda names: read_arrays(path, names)
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Writes all arrays, or nothing."""
+    import numpy as np
+
+    from lmkan_deploy.staging import output_file, reported, staging_folder
+
+    if path.suffix == ".npy" and len(arrays) != 1:
+        raise InputError(f"expected an .npz file for {len(arrays)} outputs, found {path}")
+    # NumPy has no bfloat16; float32 holds the same values.
+    plain = {k: a.astype(np.float32) if a.dtype.name == "bfloat16" else a for k, a in arrays.items()}
+    target = output_file(path)
+    with staging_folder(target) as folder, reported(path):
+        with (folder / target.name).open("wb") as file:
+            if path.suffix == ".npy":
+                np.save(file, next(iter(plain.values())))
+            else:
+                np.savez(file, **plain)  # type: ignore[arg-type]
+        (folder / target.name).replace(target)

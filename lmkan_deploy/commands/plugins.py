@@ -1,0 +1,73 @@
+"""`lmkan-deploy plugins path` and `lmkan-deploy plugins build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lmkan_deploy.commands.terminal import show_progress
+
+plugins = typer.Typer(
+    name="plugins",
+    help="Show and build native libraries.",
+    rich_markup_mode=None,
+)
+
+
+@plugins.command("path")
+def path(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="onnxruntime, onnxruntime-cuda or tensorrt; cpu or cuda for the kernels' C interfaces.",
+        ),
+    ] = "onnxruntime",
+) -> None:
+    """Print the path of a library.
+
+    C++ programs, trtexec and Triton load it from there.
+
+    Example:
+
+        trtexec --onnx=m.onnx --dynamicPlugins=$(lmkan-deploy plugins path tensorrt)
+    """
+    from lmkan_deploy.runtime.libraries import get_library_path
+
+    typer.echo(get_library_path(name))
+
+
+@plugins.command("build")
+def build(
+    tensorrt_include: Annotated[
+        Path,
+        typer.Option(
+            "--tensorrt-include",
+            metavar="DIR",
+            help="Folder of TensorRT's headers, which has NvInferRuntime.h.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--output", "-o", metavar="OUTPUT", help="Library to write. Default: a file in the user's cache."
+        ),
+    ] = None,
+) -> None:
+    """Compile the plugin for your TensorRT.
+
+    Prints the path of the library. Takes a C++ compiler, not CUDA's: the kernels come compiled.
+
+    Example:
+
+        lmkan-deploy plugins build --tensorrt-include /opt/tensorrt/include
+    """
+    from lmkan_deploy.runtime.tensorrt_plugin import build_tensorrt_plugin
+
+    with show_progress(hidden=False) as progress:
+        progress("compiling")
+        library = build_tensorrt_plugin(tensorrt_include, output)
+    typer.echo(library)

@@ -1,0 +1,68 @@
+"""`lmkan-deploy run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lmkan_deploy.commands.arrays import read_arrays, write_arrays
+from lmkan_deploy.commands.options import RUNTIMES, Quiet
+from lmkan_deploy.commands.terminal import show_progress
+
+
+def run(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="ONNX file or engine.", show_default=False)],
+    inputs: Annotated[
+        Path,
+        typer.Option(
+            "--inputs",
+            "-i",
+            metavar="FILE",
+            help="Inputs: .npz with an array for each, or .npy for a single one.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUTPUT",
+            help="Where to write the outputs: .npz, or .npy for a single one.",
+        ),
+    ] = Path("outputs.npz"),
+    runtime: Annotated[
+        str, typer.Option("--runtime", metavar="NAME", help=f"What to run it with: {RUNTIMES}")
+    ] = "onnxruntime",
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1, max=1024, metavar="NUMBER", help="Threads of the run. Default: ONNX Runtime's choice."
+        ),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a model on arrays in a file.
+
+    Examples:
+
+        lmkan-deploy run model.onnx -i x.npz -o y.npz
+
+        lmkan-deploy run model.onnx -i x.npy -o y.npy --threads 1
+    """
+    from lmkan_deploy.runtime.runner import load_runner
+    from lmkan_deploy.staging import output_file
+
+    output_file(output)  # refused before the work begins
+    with show_progress(quiet) as progress:
+        progress("loading")
+        runner = load_runner(model, runtime, threads=threads)  # type: ignore[arg-type]
+        feeds = read_arrays(inputs, [spec.name for spec in runner.inputs])
+        progress("running")
+        results = runner.run(feeds)
+        write_arrays(output, results)
+    if not quiet:
+        shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in results.items())
+        typer.echo(f"{output}: {shapes}")
