@@ -91,11 +91,14 @@ class ModelMetrics:
         self._batch_requests = metrics.batch_requests.labels(model, version)
         self._run_seconds = metrics.run_seconds.labels(model, version)
         self._queue_rows = metrics.queue_rows.labels(model, version)
+        self._last_queue_rows = 0
         self._answered: dict[tuple[str, str], Any] = {}
 
     def queued(self, rows: int) -> None:
         """See `BatchObserver.queued`."""
-        self._queue_rows.set(rows)
+        if rows != self._last_queue_rows:
+            self._last_queue_rows = rows
+            self._queue_rows.set(rows)
 
     def ran(self, rows: int, requests: int, seconds: float) -> None:
         """See `BatchObserver.ran`."""
