@@ -189,9 +189,13 @@ def _numbers(array: NDArray[Any]) -> NDArray[Any]:
 
 def _list(header: dict[str, Any], key: str) -> list[dict[str, Any]]:
     entries = header.get(key)
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise BadRequestError(f"expected a list of objects under {key!r}, found {str(entries)[:80]}")
-    return entries
+    if isinstance(entries, list):
+        for entry in entries:
+            if not isinstance(entry, dict):
+                break
+        else:
+            return entries
+    raise BadRequestError(f"expected a list of objects under {key!r}, found {str(entries)[:80]}")
 
 
 def _text(entry: dict[str, Any], key: str, what: str) -> str:

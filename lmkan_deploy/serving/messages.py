@@ -89,11 +89,13 @@ def check_shape(shape: object, name: str) -> tuple[int, ...]:
     Raises:
         BadRequestError: It is no list of sizes.
     """
-    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**40 for size in shape):
-        raise BadRequestError(
-            f"expected a list of sizes as the shape of input {name}, found {str(shape)[:80]}"
-        )
-    return tuple(shape)
+    if isinstance(shape, list):
+        for size in shape:
+            if type(size) is not int or not 0 <= size < 2**40:
+                break
+        else:
+            return tuple(shape)
+    raise BadRequestError(f"expected a list of sizes as the shape of input {name}, found {str(shape)[:80]}")
 
 
 def from_bytes(
@@ -115,13 +117,17 @@ def from_bytes(
     return array
 
 
+_KINDS = {"f": "fiu", "V": "fiu", "i": "iu", "u": "iu", "b": "b"}
+"""Kind of a type -> kinds of numbers that it takes, in NumPy's letters."""
+
+
 def from_values(values: object, dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> NDArray[Any]:
     """A tensor from numbers in row-major order, in one list or nested ones.
 
     Raises:
         BadRequestError: They are no numbers of this type, or their count contradicts the shape.
     """
-    kinds = {"f": "fiu", "V": "fiu", "i": "iu", "u": "iu", "b": "b"}[dtype.kind]
+    kinds = _KINDS[dtype.kind]
     try:
         array = np.asarray(values)
         # An empty list says nothing of its type.
