@@ -10,6 +10,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "status.h"
@@ -183,17 +184,25 @@ void PackScales(const lmkan_cpu_table& table, const float* from, float* to) {
   }
 }
 
+// Bytes of a core's second-level cache, or a usual size where the system doesn't say.
+int64_t SecondLevelCache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return int64_t{1} << 20;
+}
+
 // Outputs of a block. One pass reads a group of pairs of a block, a slice: the narrower the block,
 // the nearer to the core the slice stays, and with it the next slice that is being fetched. But a
 // corner should fill a cache line.
 int64_t BlockOutputs(const lmkan_cpu_table& table, lmkan_ownership ownership) {
   constexpr int64_t kCacheLine = 64;
-  constexpr int64_t kSmallSlice = 96 << 10;
   // Borrowed corners lie num_outputs apart, which is no better for narrow blocks.
   if (ownership == LMKAN_BORROW && table.dtype != LMKAN_INT8) return kMaxBlockOutputs;
   const int64_t element = table.element_size();
   const int64_t widest_slice = kGroupPairs * table.num_cells() * kMaxBlockOutputs * element;
-  if (widest_slice <= kSmallSlice) return kMaxBlockOutputs;
+  if (widest_slice <= SecondLevelCache() / 8) return kMaxBlockOutputs;
   return kCacheLine / element;
 }
 
