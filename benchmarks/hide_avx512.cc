@@ -1,5 +1,6 @@
-// Makes a program see a processor without AVX-512, AMX and AVX-VNNI, so that every library in it
-// chooses the kernels of an AVX2 machine. Preloaded:
+// Makes a program see a processor without AVX-512, AMX and AVX-VNNI, so that the libraries that it
+// loads choose the kernels of an AVX2 machine; libc and libm, which chose theirs before, keep them.
+// Preloaded:
 //
 //   LD_PRELOAD=hide_avx512.so program
 //

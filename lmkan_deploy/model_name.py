@@ -18,7 +18,8 @@ def check_model_name(name: str) -> str:
     """The name, where it may be one.
 
     Raises:
-        InputError: It holds something else than letters, digits, `_`, `-` and `.`, or is too long.
+        InputError: It is longer than 128, is `stats`, begins with neither letter nor digit, or holds something
+            else than letters, digits, `_`, `-` and `.`.
     """
     if not is_model_name(name):
         raise InputError(

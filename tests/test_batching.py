@@ -106,6 +106,30 @@ def test_every_caller_gets_its_own_rows(counts: list[int], max_batch: int, delay
     run(test)
 
 
+def test_it_goes_on_after_no_memory_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures: list[int] = []
+    real = np.concatenate
+
+    def concatenate(arrays: list[np.ndarray]) -> np.ndarray:
+        if len(failures) < 2:
+            failures.append(len(arrays))
+            raise MemoryError("no memory")
+        return real(arrays)
+
+    async def test() -> None:
+        batcher, _ = make(Doubler(), max_batch=4)
+        monkeypatch.setattr(batching.np, "concatenate", concatenate)
+        joined = await asyncio.gather(*[batcher.submit(rows(1, value)) for value in (1, 2)])
+        assert [answer["y"][0, 0] for answer in joined] == [2, 4]  # one by one
+        with pytest.raises(MemoryError):  # its parts are answered, and can't be joined
+            await batcher.submit(rows(8))
+        assert failures == [2, 2]
+        assert (await batcher.submit(rows(8, 3)))["y"].shape == (8, 2)
+        await asyncio.wait_for(batcher.close(), 5)
+
+    run(test)
+
+
 def test_requests_wait_for_others_until_the_delay_or_a_full_batch() -> None:
     async def test() -> None:
         runner = Doubler()

@@ -60,6 +60,42 @@ def test_a_head_must_arrive_in_time(dripping: bool) -> None:
     asyncio.run(test())
 
 
+@pytest.mark.parametrize("first", [b"", HEAD], ids=["at first", "after an answer"])
+def test_empty_lines_begin_no_request(first: bytes) -> None:
+    async def test() -> None:
+        async with _connection() as (reader, writer):
+            writer.write(first)
+            if first:
+                await asyncio.wait_for(reader.readuntil(b"hello"), 10)
+            writer.write(b"\r\n")
+            assert await asyncio.wait_for(reader.read(), 10) == b""
+
+    asyncio.run(test())
+
+
+def test_a_body_that_nobody_waits_for_keeps_no_connection() -> None:
+    async def test() -> None:
+        async with _connection() as (reader, writer):
+            writer.write(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 100\r\n\r\n")
+            await asyncio.wait_for(reader.readuntil(b"hello"), 10)
+            writer.write(b"x")
+            assert await asyncio.wait_for(reader.read(), 10) == b""
+
+    asyncio.run(test())
+
+
+def test_each_head_has_its_own_time() -> None:
+    async def test() -> None:
+        async with _connection() as (reader, writer):
+            writer.write(HEAD[:10])
+            for _ in range(12):  # every piece ends a head and begins the next
+                await asyncio.sleep(LIMIT / 4)
+                writer.write(HEAD[10:] + HEAD[:10])
+                await asyncio.wait_for(reader.readuntil(b"hello"), 10)
+
+    asyncio.run(test())
+
+
 def test_it_does_not_limit_pauses_between_requests_nor_heads_in_pieces() -> None:
     async def test() -> None:
         async with _connection() as (reader, writer):

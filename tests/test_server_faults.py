@@ -226,6 +226,8 @@ def test_clients_that_are_slow_or_leave(stack: ExportedStack, answer: np.ndarray
         status = server.request("/status.json")[1]["models"][0]
         assert status["queue_rows"] == 0
         assert status["rows"] < 20  # those who left gave up their places
+        assert status["requests"] == status["rows"]
+        assert status["requests"] + status["failed"] == 22
         assert "Traceback" not in server.log
 
 

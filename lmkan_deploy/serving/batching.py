@@ -260,15 +260,10 @@ class Batcher:
             self._rest()
             return
         self._running = True
-        feeds = _joined([part.feeds for part in batch])
-        size = sum(array.nbytes for array in feeds.values()).bit_length()
+        feeds = [part.feeds for part in batch]
+        size = sum(array.nbytes for arrays in feeds for array in arrays.values()).bit_length()
         if self._seconds.get(size, 1.0) < INLINE_SECONDS:
-            started = time.perf_counter()
-            try:
-                outcome: Arrays | Exception = self._runner.run(feeds)
-            except Exception as error:
-                outcome = error
-            self._finish(batch, outcome, time.perf_counter() - started, size)
+            self._finish(batch, *_timed(self._runner, feeds), size)
         else:
             loop.run_in_executor(self._executor, _timed, self._runner, feeds).add_done_callback(
                 lambda done: self._finish(batch, *done.result(), size)
@@ -300,23 +295,27 @@ class Batcher:
 
     def _finish(self, batch: list[_Part], outcome: Arrays | Exception, seconds: float, size: int) -> None:
         self._running = False
-        if isinstance(outcome, Exception) and len(batch) > 1:
-            # One request's values may be at fault: the others shall not suffer from it.
-            for part in batch:
-                if not part.request.future.done():
-                    part.group = self._groups[object()] = _Group()
-                    part.request.parts.remove(part)
-                    self._enter(part)
-        else:
+        try:
+            if isinstance(outcome, Exception) and len(batch) > 1:
+                # One request's values may be at fault: the others shall not suffer from it.
+                for part in batch:
+                    if not part.request.future.done():
+                        part.group = self._groups[object()] = _Group()
+                        part.request.parts.remove(part)
+                        self._enter(part)
+                return
             self._seconds[size] = 0.5 * (seconds + self._seconds.get(size, seconds))
             rows = sum(part.rows for part in batch)
             self._observer.ran(rows, len(batch), seconds)
             if isinstance(outcome, Exception):
-                _fail(batch[0].request, outcome)
-            else:
-                self._answer(batch, outcome)
-        self._plan(asyncio.get_running_loop())
-        self._rest()
+                raise outcome
+            self._answer(batch, outcome)
+        except Exception as error:  # the model's, or there is no memory for the answers
+            for part in batch:
+                _fail(part.request, error)
+        finally:
+            self._plan(asyncio.get_running_loop())
+            self._rest()
 
     def _answer(self, batch: list[_Part], outputs: Arrays) -> None:
         first = 0
@@ -354,9 +353,12 @@ def _drop_left(group: _Group) -> bool:
     return bool(group.parts)
 
 
-def _timed(runner: Runner, feeds: Arrays) -> tuple[Arrays | Exception, float]:
+def _timed(runner: Runner, parts: list[Mapping[str, NDArray[Any]]]) -> tuple[Arrays | Exception, float]:
+    """Joins the parts and runs the model: its outputs or its error, and the seconds that it took."""
     started = time.perf_counter()
     try:
+        feeds = _joined(parts)
+        started = time.perf_counter()
         outcome: Arrays | Exception = runner.run(feeds)
     except Exception as error:
         outcome = error

@@ -39,6 +39,9 @@ Send = Callable[[Message], Awaitable[None]]
 _JSON = (b"content-type", b"application/json")
 _BYTES = (b"content-type", b"application/octet-stream")
 
+_LEFT = "408"
+"""How a request counts whose client has left: nobody sees an answer."""
+
 _INFER_PATH = re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 """The one path that is found without Starlette, whose routing would cost a tenth of a request."""
 
@@ -165,9 +168,12 @@ class _Infer:
         started = time.perf_counter()
         status = "200"
         try:
-            return await self._answer(model, headers, body, receive)
+            answer = await self._answer(model, headers, body, receive)
+            if answer is None:
+                status = _LEFT
+            return answer
         except asyncio.CancelledError:
-            status = "408"  # counted only: the client has left
+            status = _LEFT
             raise
         except Exception as error:
             status = str(statuses(error)[0].value) if isinstance(error, LmkanError) else "500"

@@ -27,7 +27,7 @@ from lmkan_deploy.serving.messages import (
 MICROSECONDS = 1e-6
 
 
-def parse_object(text: bytes | memoryview) -> dict[str, Any]:
+def parse_object(text: bytes) -> dict[str, Any]:
     """A JSON object.
 
     Raises:

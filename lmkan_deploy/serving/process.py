@@ -161,6 +161,7 @@ async def _serve(
         task.cancel()
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(store.close(), options.grace)
+    metrics.flush()
     _log.info("process %d is done", process)
 
 

@@ -30,10 +30,10 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         super().data_received(data)
-        # A head that comes in one piece needs no timer, and between requests uvicorn has one.
-        if not self._in_head:
-            self._stop_timer()
-        elif self._head_timer is None:
+        # A head that comes in one piece needs no timer, and between requests uvicorn has one, until something
+        # arrives, be it an empty line or the rest of a body that was answered already.
+        idle = self.cycle is None or self.cycle.response_complete
+        if (self._in_head or idle) and self._head_timer is None and self.timeout_keep_alive_task is None:
             self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -49,6 +49,7 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Called by httptools."""
         self._in_head = False
+        self._stop_timer()
         super().on_headers_complete()
 
     def _start_timer(self) -> None:

@@ -133,7 +133,7 @@ int main(int argc, char** argv) {
   constexpr int64_t kOutputs[] = {1, 3, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 100, 111, 129};
   constexpr int64_t kRows[] = {1, 2, 5, 6, 7, 19};
   constexpr int64_t kPairs[] = {1, 2, 3, 4, 5, 9, 19};
-  constexpr int64_t kGrids[] = {3, 4, 8, 13};
+  constexpr int64_t kGrids[] = {3, 4, 8, 40};
   ReportFaults();
   return RunForIsa(argc, argv, [&](lmkan_isa isa) {
     size_t turn = 0;

@@ -33,6 +33,7 @@ std::vector<Shape> MakeShapes() {
   // A large table, and more rows than kernels handle at a time.
   shapes.insert(shapes.end(), {{19, 40, 16, 19},
                                {1, 40, 129, 7},
+                               {5, 40, 129, 1},
                                {1, 40, 1, 989},
                                {3, 13, 17, 989},
                                {5, 8, 64, 1025},

@@ -9,7 +9,7 @@
 //   V::Store(float*, Reg)     and Store(Float16*, ...), Store(BFloat16*, ...): to nearest even
 //   V::LoadFour(const float*) four values, repeated in every quarter of four lanes
 //   V::Repeat<i>(Reg)         lane i of each quarter in all four lanes of that quarter
-//   V::Add  V::Subtract  V::Multiply  V::MultiplyAdd(a, b, c) = a * b + c
+//   V::Subtract  V::Multiply  V::MultiplyAdd(a, b, c) = a * b + c
 // and for INT8 tables what accumulate_int8.h says.
 //
 // Every path adds up an output in the same order (the corners of a pair in the table's order, then

@@ -46,7 +46,6 @@ struct Avx2Vector {
   static Reg Repeat(Reg reg) {
     return _mm256_permute_ps(reg, kLane * 0x55);
   }
-  static Reg Add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg Subtract(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static Reg Multiply(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static Reg MultiplyAdd(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }

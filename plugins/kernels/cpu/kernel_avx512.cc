@@ -18,7 +18,6 @@ struct Avx512Vector {
   static Reg Repeat(Reg reg) {
     return _mm512_permute_ps(reg, kLane * 0x55);
   }
-  static Reg Add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static Reg Subtract(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static Reg Multiply(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static Reg MultiplyAdd(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }

@@ -28,10 +28,6 @@ struct PortableVector {
   static Reg Repeat(Reg reg) {
     return {{reg.lane[kLane], reg.lane[kLane], reg.lane[kLane], reg.lane[kLane]}};
   }
-  static Reg Add(Reg a, Reg b) {
-    for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
-    return a;
-  }
   static Reg Subtract(Reg a, Reg b) {
     for (int i = 0; i < kLanes; ++i) a.lane[i] -= b.lane[i];
     return a;

@@ -184,11 +184,12 @@ void PackScales(const lmkan_cpu_table& table, const float* from, float* to) {
   }
 }
 
-// Bytes of a core's second-level cache, or a usual size where the system doesn't say.
+// Bytes of a core's second-level cache, or a usual size where the system doesn't say. No more than
+// was measured: several cores may share a larger one.
 int64_t SecondLevelCache() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (bytes > 0) return bytes;
+  if (bytes > 0) return bytes < int64_t{2} << 20 ? bytes : int64_t{2} << 20;
 #endif
   return int64_t{1} << 20;
 }
