@@ -147,3 +147,23 @@ def test_training_reduces_the_loss() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (LMKAN2DLayer(5, 6, 3), (4, 6)),
+        (PreconditionedLMKAN2D(5, 6, 3, "relu_last"), (4, 6)),
+        (LMKANConv2d(5, 3, 4, 3, stride=1, padding=1), (2, 3, 6, 6)),
+        (upstream.LMKAN2DLayer(5, 6, 3), (6, 4)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else None,
+)
+def test_layers_make_every_tensor_where_x_is(module: torch.nn.Module, shape: tuple[int, ...]) -> None:
+    """See the test of the operator."""
+    module = copy.deepcopy(module).to("meta")
+    y = module(torch.empty(shape, device="meta", requires_grad=True))
+    assert y.device.type == "meta"
+    layers = [part for part in module.modules() if hasattr(part, "get_hessian_regularization")]
+    (y.sum() + sum(layer.get_hessian_regularization() for layer in layers)).backward()
+    assert all(p.grad is not None and p.grad.device.type == "meta" for p in module.parameters())

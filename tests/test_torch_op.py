@@ -124,3 +124,29 @@ def test_threads_agree_bit_for_bit() -> None:
     finally:
         torch.set_num_threads(threads)
     np.testing.assert_array_equal(*results)
+
+
+def test_it_makes_every_tensor_where_x_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other devices than the CPU, as far as a machine without one can tell: PyTorch's meta device refuses to be
+    mixed with the CPU as a GPU does.
+    """
+    multiplied = []
+
+    def addmm_(self: torch.Tensor, scatter: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+        multiplied.append(
+            [tensor.device.type for tensor in (self, scatter, dense)]
+        )  # meta has no sparse product
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", addmm_)
+    x, table = (tensor.to("meta") for tensor in inputs(21, 6, 8, 5))
+    assert torch_op._lookup2d_torch(x, table).device.type == "meta"
+    backward = torch_op.lookup2d_backward._init_fn
+    gradients = backward(torch.empty(21, 5, device="meta"), x, table, True, True)
+    assert [(g.device.type, g.shape) for g in gradients] == [("meta", x.shape), ("meta", table.shape)]
+    assert multiplied == [["meta"] * 3]
+
+    grid = torch_op._grid
+    monkeypatch.setattr(torch_op, "_grid", lambda count, dtype, _: grid(count, dtype, torch.device("cpu")))
+    with pytest.raises(RuntimeError, match="device"):
+        torch_op._lookup2d_torch(x, table)
