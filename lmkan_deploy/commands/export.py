@@ -16,6 +16,7 @@ from lmkan_deploy.commands.options import (
     AsJson,
     CalibrationFile,
     ExternalData,
+    InputsFile,
     InputShape,
     MaxError,
     NoPasses,
@@ -71,12 +72,7 @@ def export(
     verify_result: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare ONNX Runtime with PyTorch before writing.")
     ] = True,
-    inputs: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--inputs", "-i", metavar="FILE", help="Inputs to compare on, besides random ones: .npz or .npy."
-        ),
-    ] = None,
+    inputs: InputsFile = None,
     rtol: RelativeTolerance = None,
     as_json: AsJson = False,
     quiet: Quiet = False,

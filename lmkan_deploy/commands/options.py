@@ -107,6 +107,12 @@ ExternalData = Annotated[
         show_default=False,
     ),
 ]
+InputsFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--inputs", "-i", metavar="FILE", help="Inputs to compare on, besides random ones: .npz or .npy."
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON; NaN and infinite numbers are strings.")
 ]

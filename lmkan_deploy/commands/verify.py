@@ -14,6 +14,7 @@ from lmkan_deploy.commands.options import (
     ArchArgs,
     ArchPath,
     AsJson,
+    InputsFile,
     InputShape,
     Quiet,
     RelativeTolerance,
@@ -43,12 +44,7 @@ def verify(
     arch_args: ArchArgs = None,
     input_shape: InputShape = None,
     trust_pickle: TrustPickle = False,
-    inputs: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--inputs", "-i", metavar="FILE", help="Inputs to compare on, besides random ones: .npz or .npy."
-        ),
-    ] = None,
+    inputs: InputsFile = None,
     outputs: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
