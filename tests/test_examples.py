@@ -1,8 +1,9 @@
-"""The examples that need no training, run for real; `make demo` is the other one."""
+"""The examples, run for real."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,3 +69,17 @@ def test_cpp_without_the_package(methane: Path, python_output: str, tmp_path: Pa
     )
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("error: ")
+
+
+def test_demo() -> None:
+    """The main job: data, training, export, verification, and the same error in PyTorch and ONNX Runtime."""
+    command = [sys.executable, ROOT / "examples/methane/demo.py"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "100"}
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = re.findall(r"│ (PyTorch|ONNX Runtime alone|ONNX Runtime \+ library) +│ +([\d.]+)", done.stdout)
+    errors = {name: float(error) for name, error in rows}
+    assert len(errors) == 3
+    assert max(errors.values()) < 30  # meV; a quadratic regression has 58
+    assert max(errors.values()) - min(errors.values()) < 0.01
