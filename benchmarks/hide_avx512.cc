@@ -5,8 +5,8 @@
 //   LD_PRELOAD=hide_avx512.so program
 //
 // Libraries ask with the CPUID instruction. Linux makes it fault on request, where the processor
-// can (Intel since 2012, AMD since Zen 4, if the hypervisor passes it on); the fault's handler then
-// answers with those bits cleared. Where it can't, the program ends with status 77.
+// and its hypervisor can (cpuid_fault in /proc/cpuinfo); the fault's handler then answers with
+// those bits cleared. Where they can't, the program ends with status 77.
 #include <signal.h>
 #include <sys/syscall.h>
 #include <ucontext.h>

@@ -73,7 +73,7 @@ class _Part:
     feeds: Mapping[str, NDArray[Any]]
     rows: int
     since: float
-    waits: bool = True
+    waits: bool = False
 
 
 @dataclass(eq=False, slots=True)

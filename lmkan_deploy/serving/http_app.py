@@ -99,17 +99,18 @@ class _Entrance:
         given = headers.get(b"x-request-id", b"")
         identifier = given if 0 < len(given) <= 128 and given.isascii() else context.new_id().encode()
         scope["request_id"] = identifier.decode()
-        more = [(b"x-request-id", identifier)]
         started = time.perf_counter()
         status = 0
+
+        def own_headers() -> list[tuple[bytes, bytes]]:
+            name = (b"x-request-id", identifier)
+            return [name, (b"connection", b"close")] if context.draining else [name]
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if context.draining:
-                    more.append((b"connection", b"close"))
-                message["headers"] = [*message["headers"], *more]
+                message["headers"] = [*message["headers"], *own_headers()]
             await send(message)
 
         path = scope["path"]
@@ -124,9 +125,7 @@ class _Entrance:
                 answer = await self._infer(match["name"], match["version"], headers, receive)
                 if answer is not None:
                     status = 200
-                    if context.draining:
-                        more.append((b"connection", b"close"))
-                    response = [*answer.headers, *more]
+                    response = [*answer.headers, *own_headers()]
                     await send({"type": "http.response.start", "status": 200, "headers": response})
                     await send({"type": "http.response.body", "body": answer.body})
         except LmkanError as error:
