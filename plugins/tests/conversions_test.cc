@@ -61,8 +61,8 @@ void TestEveryTableEntry(lmkan_isa isa) {
   }
 }
 
-// y is the entry times the scale, up to three roundings to float32. The scale's unit, about 2^-22
-// of it, may be subnormal.
+// y is the entry times the scale, rounded to float32 once, for all scales that are multiples of
+// 2^-135: a scale is stored in units of 2^-14.
 void TestEveryInt8Entry(lmkan_isa isa) {
   constexpr float kLargest = std::numeric_limits<float>::max();
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -81,15 +81,12 @@ void TestEveryInt8Entry(lmkan_isa isa) {
       const Array y = LookUpEntries(isa, ownership, entries, x_dtype, scales);
       for (int64_t i = 0; i < entries.size(); ++i) {
         const double product = entries.Get(i) * scales[i];
-        const double error = std::fabs(product) * 3 * 0x1p-24 + 0x1p-150 * 0x1p31;
+        const double expected = Round(x_dtype, Round(LMKAN_FLOAT32, product));
         const double found = y.Get(i);
-        const bool close = std::isfinite(scales[i])
-                               ? found >= Round(x_dtype, Round(LMKAN_FLOAT32, product - error)) &&
-                                     found <= Round(x_dtype, Round(LMKAN_FLOAT32, product + error))
-                               : !std::isfinite(found);
-        LMKAN_EXPECT(close, "%s: the entry %g of scale %.9g becomes %.9g, not %.9g",
+        const bool same = std::isfinite(scales[i]) ? found == expected : !std::isfinite(found);
+        LMKAN_EXPECT(same, "%s: the entry %g of scale %.9g becomes %.9g, not %.9g",
                      Describe(isa, LMKAN_INT8, x_dtype, ownership).c_str(), entries.Get(i),
-                     double{scales[i]}, found, product);
+                     double{scales[i]}, found, expected);
       }
     }
   }

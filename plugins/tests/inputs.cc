@@ -12,8 +12,7 @@ double MakeFeature(int64_t num_grids, lmkan_dtype dtype, bool is_near, Random& r
   if (is_near && kind < 13) return random.Uniform(-end, end);
   if (is_near && kind == 13) {
     const double width = end - GridPoint(num_grids, num_grids - 1);
-    const double limit = random.Index(2) == 0 ? 0 : kFarthestFit - 0.5;
-    return sign * (end + width * (limit + random.Uniform(-0.03, 0.03)));
+    return sign * (end + width * random.Uniform(kFarthestFit - 0.53, kFarthestFit - 0.47));
   }
   if (kind < 10) return random.Uniform(-3, 3);
   if (kind < 13) return random.Uniform(-180, 180);

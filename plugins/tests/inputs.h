@@ -34,8 +34,9 @@ class Random {
 Table MakeTable(const Shape& shape, lmkan_dtype dtype, uint64_t seed);
 
 // Finite features: the grid's range, the tails to |x| = 180, zeros of both signs, subnormals, and
-// grid points with their neighbours. Kernels for INT8 tables treat pairs beyond the grid otherwise:
-// half of the groups of four stay on the grid or near it, some of them around the limits.
+// grid points with their neighbours. Kernels for INT8 tables treat a group of four pairs otherwise
+// when one of its features is far beyond the grid: half of the groups stay on the grid or near it,
+// some of them around the limit.
 Array MakeX(const Shape& shape, lmkan_dtype dtype, uint64_t seed);
 
 }  // namespace lmkan::test

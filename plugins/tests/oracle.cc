@@ -12,6 +12,9 @@ namespace {
 // Unit roundoff of float32, in which kernels find cells and add up corners.
 constexpr double kRoundoff = 0x1p-24;
 
+// Half of the smallest float32 times an entry of 128 and a weight of 1 in units of 2^-14.
+constexpr double kInt8Underflow = 0x1p-150 * 128 * 0x1p14;
+
 double Sigma(double x) { return x <= 0 ? 0.5 * std::exp(x) : 1.0 - 0.5 * std::exp(-x); }
 
 double InverseSigma(double level) {
@@ -44,54 +47,13 @@ Position Locate(const std::vector<double>& grid, double x) {
   return position;
 }
 
-// By how much integers may change a pair's value: weights of the corners, the value in units of the
-// scale, and the value in units of the largest scale of the group.
-struct IntegerErrors {
-  double corner[4];
-  double value;
-  double group;
-  double subnormal;  // whatever the scales: a unit may be subnormal where a scale isn't
-};
-
-double SumOfWeights(const Position& first, const Position& second) {
-  return (std::fabs(first.d) + std::fabs(1 - first.d)) *
-         (std::fabs(second.d) + std::fabs(1 - second.d));
-}
-
-// Weights in multiples of 2^-14, in float32 beyond the grid.
-IntegerErrors CudaErrors(const Position& first, const Position& second) {
-  IntegerErrors errors = {};
-  const auto fits = [](const Position& it) {
+// Whether every feature of the group that pair `pair` belongs to is near enough to its cell.
+bool MayRoundWeights(const std::vector<Position>& positions, int64_t pair) {
+  const int64_t begin = pair / kGroupPairs * kGroupPairs * 2;
+  const int64_t end = std::min(begin + 2 * kGroupPairs, static_cast<int64_t>(positions.size()));
+  return std::all_of(positions.begin() + begin, positions.begin() + end, [](const Position& it) {
     return std::fabs(it.d - 0.5) <= kFarthestFit + it.error + kRoundoff;
-  };
-  if (fits(first) && fits(second)) std::fill_n(errors.corner, 4, 0x1p-15);
-  errors.subnormal = 0x1p-150 * 128 * 0x1p14 * std::max(SumOfWeights(first, second), 1.0);
-  return errors;
-}
-
-// Weights in multiples of 2^-14 inside the grid; beyond it in units of at most 2^-13 of the
-// largest. Four products are rounded to 1 / 128. Scales in 1 / 16384 of the group's largest.
-IntegerErrors CpuErrors(const Position& first, const Position& second) {
-  IntegerErrors errors = {};
-  const double error = 0x1p-15;  // of a position
-  const auto inside = [](double d, double most) { return d >= -most && d <= 1 + most; };
-  const double sum = SumOfWeights(first, second);
-  double largest = 0;
-  for (int corner = 0; corner < 4; ++corner) {
-    const double w1 = corner / 2 == 1 ? first.d : 1 - first.d;
-    const double w2 = corner % 2 == 1 ? second.d : 1 - second.d;
-    largest = std::max(largest, std::fabs(w1 * w2));
-    if (inside(first.d, 2 * error) && inside(second.d, 2 * error)) {
-      errors.corner[corner] = error * (std::fabs(w1) + std::fabs(w2) + 1);
-    }
-  }
-  if (!inside(first.d, 0) || !inside(second.d, 0)) {
-    for (double& corner : errors.corner) corner = std::max(corner, 1.5 * 0x1p-13 * largest);
-  }
-  errors.value = 4 * 0.5 / 128;
-  errors.group = 0.5 / 16384 * 128 * std::max(sum, 1.0);
-  errors.subnormal = 0x1p-150 * 0x1p31 * std::max(sum, 1.0);
-  return errors;
+  });
 }
 
 // The largest entry of each pair and output, [num_pairs][num_outputs].
@@ -122,7 +84,7 @@ double GridPoint(int64_t num_grids, int64_t index) {
 }
 
 Reference Evaluate(const Shape& shape, const std::vector<double>& x,
-                   const std::vector<double>& table) {
+                   const std::vector<double>& table, lmkan_dtype table_dtype) {
   std::vector<double> grid;
   for (int64_t i = 0; i <= shape.num_grids; ++i) grid.push_back(GridPoint(shape.num_grids, i));
   const int64_t outputs = shape.num_outputs;
@@ -147,6 +109,8 @@ Reference Evaluate(const Shape& shape, const std::vector<double>& x,
     for (int64_t p = 0; p < shape.num_pairs; ++p) {
       const Position& first = positions[2 * p];
       const Position& second = positions[2 * p + 1];
+      const double rounding =
+          table_dtype == LMKAN_INT8 && MayRoundWeights(positions, p) ? 0x1p-15 : 0;
       // In the wrong cell the line of the neighbour is followed, over this part of a cell at most.
       const double border = 4 * (first.border * (std::fabs(1 - second.d) + std::fabs(second.d)) +
                                  second.border * (std::fabs(1 - first.d) + std::fabs(first.d)));
@@ -158,13 +122,16 @@ Reference Evaluate(const Shape& shape, const std::vector<double>& x,
         const double* entries =
             table.data() + ((p * axis + first.cell + up1) * axis + second.cell + up2) * outputs;
         const double weight = w1 * w2;
-        // The axes' errors, the product's rounding, and that of every addition.
+        // The axes' errors, the product's rounding, that of every addition, and of the weight.
         const double error = std::fabs(w1) * second.error + std::fabs(w2) * first.error +
                              first.error * second.error +
-                             kRoundoff * (terms + 3) * std::fabs(weight);
+                             kRoundoff * (terms + 3) * std::fabs(weight) + rounding;
+        // A scale in units of the weights may be subnormal where the scale itself isn't.
+        const double underflow =
+            table_dtype == LMKAN_INT8 ? (std::fabs(weight) + rounding) * kInt8Underflow : 0;
         for (int64_t o = 0; o < outputs; ++o) {
           y[o] += weight * entries[o];
-          bound[o] += error * std::fabs(entries[o]);
+          bound[o] += error * std::fabs(entries[o]) + underflow;
         }
       }
       for (int64_t o = 0; o < outputs; ++o) bound[o] += border * largest[p * outputs + o];
@@ -173,45 +140,6 @@ Reference Evaluate(const Shape& shape, const std::vector<double>& x,
     for (int64_t o = 0; o < outputs; ++o) bound[o] = 1.1 * bound[o] + terms * 0x1p-149;
   }
   return reference;
-}
-
-void AllowIntegers(Int8Kernels kernels, const Shape& shape, const std::vector<double>& x,
-                   const std::vector<double>& table, const std::vector<double>& scales,
-                   Reference* reference) {
-  std::vector<double> grid;
-  for (int64_t i = 0; i <= shape.num_grids; ++i) grid.push_back(GridPoint(shape.num_grids, i));
-  const int64_t outputs = shape.num_outputs;
-  const int64_t axis = shape.num_grids + 1;
-  std::vector<double> group_scales(shape.num_pairs * outputs, 0.0);
-  for (int64_t p = 0; p < shape.num_pairs; ++p) {
-    const int64_t begin = p / kGroupPairs * kGroupPairs;
-    for (int64_t q = begin; q < std::min(begin + kGroupPairs, shape.num_pairs); ++q) {
-      for (int64_t o = 0; o < outputs; ++o) {
-        double& largest = group_scales[p * outputs + o];
-        largest = std::max(largest, std::fabs(scales[q * outputs + o]));
-      }
-    }
-  }
-  for (int64_t r = 0; r < shape.rows; ++r) {
-    for (int64_t p = 0; p < shape.num_pairs; ++p) {
-      const double x1 = x[2 * (r * shape.num_pairs + p)];
-      const double x2 = x[2 * (r * shape.num_pairs + p) + 1];
-      if (!std::isfinite(x1) || !std::isfinite(x2)) continue;
-      const Position first = Locate(grid, x1), second = Locate(grid, x2);
-      const IntegerErrors errors =
-          kernels == Int8Kernels::kCpu ? CpuErrors(first, second) : CudaErrors(first, second);
-      for (int64_t o = 0; o < outputs; ++o) {
-        double added = errors.value * std::fabs(scales[p * outputs + o]) +
-                       errors.group * group_scales[p * outputs + o];
-        for (int corner = 0; corner < 4; ++corner) {
-          const int64_t point =
-              (p * axis + first.cell + corner / 2) * axis + second.cell + corner % 2;
-          added += errors.corner[corner] * std::fabs(table[point * outputs + o]);
-        }
-        reference->bound[r * outputs + o] += 1.1 * added + errors.subnormal;
-      }
-    }
-  }
 }
 
 void ExpectClose(const Shape& shape, const Reference& reference, const Array& y,

@@ -25,30 +25,22 @@ struct Shape {
 // Point `index` of the grid of G cells, 0 ... G.
 double GridPoint(int64_t num_grids, int64_t index);
 
-// Groups of pairs that kernels treat together begin at multiples of this.
+// Lookups in INT8 tables may round the corner weights to multiples of 2^-14 in a group of
+// kGroupPairs neighbouring pairs, the first one of which is a multiple of kGroupPairs, if every
+// feature of the group lies within kFarthestFit cells of its cell's centre.
 inline constexpr int64_t kGroupPairs = 4;
-
-// CUDA kernels for INT8 tables round weights where both features of a pair lie within this many
-// cells of their cell's centre.
 inline constexpr double kFarthestFit = 0.91;
 
-// y, and how far an evaluation with float32 may be from it before it is rounded to y's type. Rows
-// with a non-finite feature hold NaN.
+// y, and how far an evaluation with float32, or with rounded weights, may be from it before it is
+// rounded to y's type. Rows with a non-finite feature hold NaN.
 struct Reference {
   std::vector<double> y;      // [rows][num_outputs]
   std::vector<double> bound;  // [rows][num_outputs]
 };
 
-// `table` holds what the entries of a table stand for.
+// `table` holds what the entries of a table of type `table_dtype` stand for.
 Reference Evaluate(const Shape& shape, const std::vector<double>& x,
-                   const std::vector<double>& table);
-
-// What the kernels' integers add to the bound for an INT8 table of these scales,
-// [num_pairs][num_outputs].
-enum class Int8Kernels { kCpu, kCuda };
-void AllowIntegers(Int8Kernels kernels, const Shape& shape, const std::vector<double>& x,
-                   const std::vector<double>& table, const std::vector<double>& scales,
-                   Reference* reference);
+                   const std::vector<double>& table, lmkan_dtype table_dtype = LMKAN_FLOAT32);
 
 // Checks y against the reference and reports the first coordinate that is out of bounds. `label`
 // says which case it is. Rows with a non-finite feature must be non-finite.

@@ -89,49 +89,49 @@ void TestBoundIsTight() {
   }
 }
 
-// What integers add to the bound of a pair of ones, on the grid and beyond it.
-void TestIntegers() {
-  const Shape shape = {1, 8, 1, 5};
+// What rounded weights add to the bound of a table of ones: 2^-15 for each corner of the groups
+// whose features are all near their cells, and nothing for the others.
+void TestRoundedWeights() {
+  const Shape shape = {6, 8, 1, 7};
   const std::vector<double> table(shape.table_size(), 1.0);
+  std::vector<double> x(shape.x_size(), 0.1);
   const double end = GridPoint(8, 8);
   const double width = end - GridPoint(8, 7);
-  const std::vector<double> x = {0.1, 0.1, end + 0.4 * width, 0.1, 0.1, -end - 0.42 * width, 180,
-                                 0.1, 0.1, std::nan("")};
+  const auto feature = [&](int64_t row, int64_t index) -> double& { return x[row * 12 + index]; };
+  feature(1, 7) = end + 0.42 * width;
+  feature(2, 8) = -end - 0.42 * width;
+  feature(3, 0) = 180;
+  feature(3, 11) = -180;
+  feature(4, 0) = end + 0.4 * width;
+  feature(5, 11) = -end - 0.4 * width;
+  feature(6, 8) = std::nan("");
+  const int pairs[] = {6, 2, 4, 0, 6, 6};
   const Reference exact = Evaluate(shape, x, table);
-  // In units of 1e-4, with a scale of 1/100. The CPU: 1.1 (8 / 2^15 + 1 / 6400 + 1 / 25600) on the
-  // grid, and six halves of 2^-13 of the largest weight instead of the first term beyond it.
-  const double added_cpu[] = {4.834, 9.851, 9.973};
-  const double added_cuda[] = {1.34, 1.34, 0};
-  for (const Int8Kernels kernels : {Int8Kernels::kCpu, Int8Kernels::kCuda}) {
-    Reference reference = exact;
-    AllowIntegers(kernels, shape, x, table, {0.01}, &reference);
-    const double* expected = kernels == Int8Kernels::kCpu ? added_cpu : added_cuda;
-    for (int r = 0; r < 3; ++r) {
-      const double added = 1e4 * (reference.bound[r] - exact.bound[r]);
-      LMKAN_EXPECT(std::fabs(added - expected[r]) < 0.01 * expected[r] + 1e-9, "row %d adds %g", r,
-                   added);
-    }
-    LMKAN_EXPECT(std::isnan(reference.y[4]), "NaN gives %g", reference.y[4]);
+  const Reference rounded = Evaluate(shape, x, table, LMKAN_INT8);
+  for (int r = 0; r < 6; ++r) {
+    const double added = rounded.bound[r] - exact.bound[r];
+    LMKAN_EXPECT(std::fabs(added - 1.1 * pairs[r] * 4 * 0x1p-15) < 1e-12, "row %d adds %g", r,
+                 added);
+    LMKAN_EXPECT(rounded.y[r] == exact.y[r], "row %d", r);
   }
+  LMKAN_EXPECT(std::isnan(rounded.y[6]), "NaN gives %g", rounded.y[6]);
 }
 
-// The features of the other tests must have pairs on the grid and beyond it in one row.
-void TestFeaturesMixPairs() {
+// The features of the other tests must have groups whose weights are rounded and others in one row.
+void TestFeaturesMixGroups() {
   const Shape shape = {8, 8, 1, 100};
-  const double end = GridPoint(8, 8);
+  const std::vector<double> table(shape.table_size(), 1.0);
   for (const lmkan_dtype dtype : kXDtypes) {
     const std::vector<double> x = MakeX(shape, dtype, 1).ToDoubles();
-    int rows[3] = {};  // none beyond the grid, some, all
+    const Reference exact = Evaluate(shape, x, table);
+    const Reference rounded = Evaluate(shape, x, table, LMKAN_INT8);
+    int rows[3] = {};  // by the number of groups whose weights are rounded
     for (int64_t r = 0; r < shape.rows; ++r) {
-      int far = 0;
-      for (int64_t p = 0; p < shape.num_pairs; ++p) {
-        const double* pair = x.data() + 2 * (r * shape.num_pairs + p);
-        far += std::fabs(pair[0]) > end || std::fabs(pair[1]) > end ? 1 : 0;
-      }
-      ++rows[far == 0 ? 0 : far < shape.num_pairs ? 1 : 2];
+      const double groups = (rounded.bound[r] - exact.bound[r]) / (1.1 * kGroupPairs * 4 * 0x1p-15);
+      ++rows[std::lround(groups)];
     }
-    LMKAN_EXPECT(rows[0] > 3 && rows[1] > 50, "%s: %d, %d, %d rows", DtypeName(dtype), rows[0],
-                 rows[1], rows[2]);
+    LMKAN_EXPECT(rows[0] > 10 && rows[1] > 10 && rows[2] > 10, "%s: %d, %d, %d rows",
+                 DtypeName(dtype), rows[0], rows[1], rows[2]);
   }
 }
 
@@ -145,7 +145,7 @@ int main() {
   TestTableIsReproducedOnTheGrid();
   TestBilinearFunctionsAreExact();
   TestBoundIsTight();
-  TestIntegers();
-  TestFeaturesMixPairs();
+  TestRoundedWeights();
+  TestFeaturesMixGroups();
   return Finish();
 }

@@ -21,16 +21,4 @@ std::vector<double> Table::ToDoubles() const {
   return values;
 }
 
-Reference Table::Evaluate(const Array& x, Int8Kernels kernels) const {
-  Shape with_rows = shape;
-  with_rows.rows = x.size() / (2 * shape.num_pairs);
-  const std::vector<double> features = x.ToDoubles();
-  const std::vector<double> values = ToDoubles();
-  Reference reference = test::Evaluate(with_rows, features, values);
-  if (dtype() == LMKAN_INT8) {
-    AllowIntegers(kernels, with_rows, features, values, scales.ToDoubles(), &reference);
-  }
-  return reference;
-}
-
 }  // namespace lmkan::test

@@ -26,9 +26,6 @@ struct Table {
   // What the entries stand for.
   std::vector<double> ToDoubles() const;
 
-  // The definition's y, and how far a kernel may be from it.
-  Reference Evaluate(const Array& x, Int8Kernels kernels) const;
-
   Shape shape;
   Array entries;  // [num_pairs][num_grids + 1][num_grids + 1][num_outputs]
   Array scales;   // float32, [num_pairs][num_outputs] of an INT8 table; otherwise empty

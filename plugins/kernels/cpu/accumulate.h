@@ -10,7 +10,7 @@
 //   V::LoadFour(const float*) four values, repeated in every quarter of four lanes
 //   V::Repeat<i>(Reg)         lane i of each quarter in all four lanes of that quarter
 //   V::Subtract  V::Multiply  V::MultiplyAdd(a, b, c) = a * b + c
-// INT8 tables have vector types of their own; see accumulate_int8.h.
+// and for INT8 tables what accumulate_int8.h says.
 //
 // Every path adds up an output in the same order (the corners of a pair in the table's order, then
 // the pairs ascending), so a row's result depends neither on the batch it came in nor on how the
@@ -71,6 +71,7 @@ class Prefetcher {
     const int64_t first = pair * strides_.pair + record_->cell[pair] * strides_.cell;
     for (const int64_t line : {int64_t{0}, strides_.line}) {
       PrefetchToL2(address_ + static_cast<uintptr_t>(first + line) * sizeof(T));
+      if (std::is_same_v<T, Int8Pair>) continue;  // has its neighbour beside it
       PrefetchToL2(address_ + static_cast<uintptr_t>(first + line + strides_.cell) * sizeof(T));
     }
   }
@@ -88,8 +89,8 @@ class Prefetcher {
 template <class V>
 struct Weights {
   LMKAN_ALWAYS_INLINE explicit Weights(const CellRecord& record) {
-    const typename V::Reg d1 = V::LoadFour(record.position[0]);
-    const typename V::Reg d2 = V::LoadFour(record.position[1]);
+    const typename V::Reg d1 = V::LoadFour(record.position1);
+    const typename V::Reg d2 = V::LoadFour(record.position2);
     const typename V::Reg e1 = V::Subtract(V::One(), d1);
     const typename V::Reg e2 = V::Subtract(V::One(), d2);
     corner[0] = V::Multiply(e1, e2);
@@ -136,16 +137,15 @@ LMKAN_ALWAYS_INLINE void AddPairs(const T* slices, const TableStrides& strides,
 
 // Adds the first kPairs pairs of a group.
 template <class V, class T, int kBlockVectors, int kPairs, int kVectors>
-LMKAN_ALWAYS_INLINE void AddGroup(const T* slices, const Int8Scales& scales,
-                                  const TableStrides& strides, const CellRecord& record,
-                                  typename V::Reg (&sums)[kVectors]) {
-  if constexpr (std::is_same_v<T, int8_t>) {
+LMKAN_ALWAYS_INLINE void AddGroup(const T* slices, const float* scales, const TableStrides& strides,
+                                  const CellRecord& record, typename V::Reg (&sums)[kVectors]) {
+  constexpr std::make_integer_sequence<int, kPairs> pairs;
+  if constexpr (std::is_same_v<T, Int8Pair>) {
     static_assert(kBlockVectors == kVectors, "one block");
-    AddInt8Group<V, kPairs>(slices, strides, record, scales, sums);
+    AddInt8Pairs<V>(slices, scales, strides, record, sums, pairs);
   } else {
     static_cast<void>(scales);
-    AddPairs<V, T, kBlockVectors>(slices, strides, record, sums,
-                                  std::make_integer_sequence<int, kPairs>());
+    AddPairs<V, T, kBlockVectors>(slices, strides, record, sums, pairs);
   }
 }
 
@@ -153,7 +153,7 @@ LMKAN_ALWAYS_INLINE void AddGroup(const T* slices, const Int8Scales& scales,
 template <class V, class T, int kVectors, int kPairs>
 void AccumulateGroup(const AccumulateArgs& args) {
   const T* slices = static_cast<const T*>(args.slices);
-  const Int8Scales scales = args.scales;
+  const float* scales = args.scales;
   const TableStrides strides = args.strides;
   Prefetcher<T> prefetcher(args);
   const CellRecord* record = args.records;
@@ -175,43 +175,22 @@ void AccumulateGroup(const AccumulateArgs& args) {
   }
 }
 
-// The far pairs of a row in one group of an INT8 table.
-template <class V, int kVectors>
-LMKAN_ALWAYS_INLINE void AddFarPairsOfGroup(const AccumulateRowArgs& args, int64_t group,
-                                            const int8_t* slices, const Int8Scales& scales,
-                                            typename V::Reg (&sums)[kVectors]) {
-  const int64_t begin = group == 0 ? 0 : args.far_ends[group - 1];
-  const int64_t end = args.far_ends[group];
-  if (__builtin_expect(begin == end, 1)) return;
-  for (int v = 0; v < kVectors; ++v) V::Store(args.sums + v * V::kLanes, sums[v]);
-  AddFarPairsOfRow<V>(slices, args.strides, scales, args.far_pairs + begin, args.far_pairs + end,
-                      args.row, args.sums);
-  for (int v = 0; v < kVectors; ++v) sums[v] = V::Load(args.sums + v * V::kLanes);
-}
-
 // One row, all groups: blocks of kBlockVectors vectors, kVectors in all.
 template <class V, class T, int kBlockVectors, int kVectors>
 void AccumulateRow(const AccumulateRowArgs& args) {
-  constexpr bool kInt8 = std::is_same_v<T, int8_t>;
   typename V::Reg sums[kVectors];
   for (int v = 0; v < kVectors; ++v) sums[v] = V::Zero();
   const T* slices = static_cast<const T*>(args.slices);
-  Int8Scales scales = args.scales;
+  const float* scales = args.scales;
   const CellRecord* record = args.records;
   const TableStrides strides = args.strides;
-  const int64_t whole_groups = args.num_pairs / kGroupPairs;
-  for (int64_t g = 0; g < whole_groups; ++g) {
+  for (int64_t g = args.num_pairs / kGroupPairs; g > 0; --g) {
     AddGroup<V, T, kBlockVectors, kGroupPairs>(slices, scales, strides, *record, sums);
-    if constexpr (kInt8) {
-      AddFarPairsOfGroup<V>(args, g, slices, scales, sums);
-      scales.multiples += kGroupPairs * kVectors * V::kLanes;
-      scales.units += kVectors * V::kLanes;
-    }
     slices += kGroupPairs * strides.pair;
+    if (std::is_same_v<T, Int8Pair>) scales += kGroupPairs * kVectors * V::kLanes;
     record += args.record_stride;
   }
-  const int64_t pairs_left = args.num_pairs % kGroupPairs;
-  switch (pairs_left) {
+  switch (args.num_pairs % kGroupPairs) {
     case 1:
       AddGroup<V, T, kBlockVectors, 1>(slices, scales, strides, *record, sums);
       break;
@@ -223,9 +202,6 @@ void AccumulateRow(const AccumulateRowArgs& args) {
       break;
     default:
       break;
-  }
-  if constexpr (kInt8) {
-    if (pairs_left != 0) AddFarPairsOfGroup<V>(args, whole_groups, slices, scales, sums);
   }
   for (int v = 0; v < kVectors; ++v) V::Store(args.sums + v * V::kLanes, sums[v]);
 }
@@ -258,17 +234,6 @@ void Accumulate(const AccumulateArgs& args) {
   WithVectors<kMaxBlockOutputs / V::kLanes>(args.width / V::kLanes, [&args](auto vectors) {
     AccumulateGroupOf<V, T, decltype(vectors)::value>(args);
   });
-}
-
-template <class V>
-void AccumulateInt8(const AccumulateArgs& args) {
-  AccumulateGroupOf<V, int8_t, kInt8Vectors<V>>(args);
-  AddFarPairs<V>(args);
-}
-
-template <class V>
-void AccumulateInt8Row(const AccumulateRowArgs& args) {
-  AccumulateRow<V, int8_t, kInt8Vectors<V>, kInt8Vectors<V>>(args);
 }
 
 template <class V, class T>

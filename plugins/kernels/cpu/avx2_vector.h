@@ -4,6 +4,8 @@
 
 #include <immintrin.h>
 
+#include <cstddef>
+
 #include "find_cells_avx2.h"
 #include "float16.h"
 
@@ -47,6 +49,36 @@ struct Avx2Vector {
   static Reg Subtract(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static Reg Multiply(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static Reg MultiplyAdd(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+
+  using IntReg = __m256i;
+  static bool PositionsFit(const CellRecord& record, int64_t pairs) {
+    static_assert(offsetof(CellRecord, position2) ==
+                  offsetof(CellRecord, position1) + 4 * sizeof(float));
+    const Reg from_centre = _mm256_sub_ps(_mm256_loadu_ps(record.position1), Broadcast(0.5f));
+    const Reg distance = _mm256_andnot_ps(Broadcast(-0.0f), from_centre);
+    // "Not at most", which NaN fulfils.
+    const Reg beyond = _mm256_cmp_ps(distance, Broadcast(kFarthestFit), _CMP_NLE_UQ);
+    const int lanes_in_use = ((1 << pairs) - 1) * 0x11;
+    return (_mm256_movemask_ps(beyond) & lanes_in_use) == 0;
+  }
+  static IntReg RoundPair(Reg a, Reg b) {
+    return _mm256_blend_epi16(_mm256_cvtps_epi32(a), _mm256_slli_epi32(_mm256_cvtps_epi32(b), 16),
+                              0xaa);
+  }
+  static void StoreFour(int32_t* out, IntReg reg) {
+    _mm_store_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(reg));
+  }
+  static IntReg BroadcastPair(int32_t pair) { return _mm256_set1_epi32(pair); }
+  static IntReg WidenPairs(const Int8Pair* pairs) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(pairs)));
+  }
+  static IntReg MultiplyPairs(IntReg a, IntReg b) { return _mm256_madd_epi16(a, b); }
+  static IntReg MultiplyAddPairs(IntReg a, IntReg b, IntReg c) {
+    return _mm256_add_epi32(MultiplyPairs(a, b), c);
+  }
+  static Reg ToFloats(IntReg reg) { return _mm256_cvtepi32_ps(reg); }
+  static IntReg LowHalves(IntReg reg) { return _mm256_srai_epi32(_mm256_slli_epi32(reg, 16), 16); }
+  static IntReg HighHalves(IntReg reg) { return _mm256_srai_epi32(reg, 16); }
 };
 
 }  // namespace

@@ -102,7 +102,7 @@ inline void WriteRecord(const GridRegisters& grid, __m256i cell, __m256 position
   const __m128i index = _mm_add_epi32(_mm_mullo_epi32(_mm256_castsi256_si128(cells), grid.line),
                                       _mm256_extracti128_si256(cells, 1));
   _mm_store_si128(reinterpret_cast<__m128i*>(record->cell), index);
-  _mm256_storeu_ps(record->position[0], _mm256_permutevar8x32_ps(position, first_then_second));
+  _mm256_storeu_ps(record->position1, _mm256_permutevar8x32_ps(position, first_then_second));
 }
 
 inline void FindTile(const GridRegisters& grid, int64_t rows, Tile* tile, CellRecord* records) {

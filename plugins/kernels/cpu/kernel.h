@@ -2,7 +2,7 @@
 //
 // A lookup of a chunk of rows has three steps:
 //   find_cells   x -> for every row and pair the cell and the position inside it
-//                (for INT8 tables round_positions then turns the positions into integers)
+//                (for INT8 tables round_weights then turns the positions into weights)
 //   accumulate   for one block of outputs: sum of weights * corners into a float32 buffer
 //   store        float32 buffer -> y
 // The driver (lookup2d.cc) is the same for all instruction sets and never sees a vector type.
@@ -16,53 +16,38 @@ namespace lmkan::cpu {
 // Pairs that share a record, and that one pass over the rows accumulates together.
 inline constexpr int kGroupPairs = 4;
 
-// Outputs of the widest block, and of the widest one of an INT8 table.
+// Outputs of the widest block.
 inline constexpr int kMaxBlockOutputs = 32;
-inline constexpr int kMaxInt8BlockOutputs = 64;
-
-// Outputs of the narrowest block of an INT8 table; the width of every block is a power of two.
-inline constexpr int kMinInt8BlockOutputs = 8;
 
 // Most of KernelSet::row_outputs.
 inline constexpr int kMaxRowOutputs = 128;
 
-// Cells of kGroupPairs neighbouring pairs of one row, and the positions inside them. For INT8
-// tables round_positions replaces the positions by weights; accumulate_int8.h says how they are
-// used.
+// Cells of kGroupPairs neighbouring pairs of one row, and the positions inside them. round_weights
+// replaces the positions by two 16-bit weights for each pair and line; a record whose weights don't
+// fit keeps its positions, and its first cell is complemented, so that it is negative.
 struct alignas(16) CellRecord {
   int32_t cell[kGroupPairs];  // i1 * (G + 1) + i2
   union {
-    float position[2][kGroupPairs];
-    // Of (i1, i2), (i1, i2 + 1), (i1 + 1, i2), (i1 + 1, i2 + 1), in 1 / kWeightOne.
-    int16_t weights[kGroupPairs][4];
+    float position1[kGroupPairs];
+    int32_t weights1[kGroupPairs];  // of (i1, i2) below that of (i1, i2 + 1)
+  };
+  union {
+    float position2[kGroupPairs];
+    int32_t weights2[kGroupPairs];  // of (i1 + 1, i2) below that of (i1 + 1, i2 + 1)
   };
 };
 
-// What the weights of a pair add up to.
-inline constexpr int kWeightOne = 16384;
-
-// What an integer of an INT8 table becomes when it is interpolated: a multiple of 1 / kValueOne.
-inline constexpr int kValueOne = 128;
-
-// A pair of an INT8 table whose features lie beyond the grid, where weights don't fit.
-struct FarPair {
-  int32_t row;
-  int32_t pair;  // of its group
-  int32_t cell;
-  int32_t weights1;  // of (i1, i2) below that of (i1, i2 + 1), 16 bits each, in units
-  int32_t weights2;  // of (i1 + 1, i2) below that of (i1 + 1, i2 + 1)
-  float unit;
+// An entry of an INT8 table beside its neighbour along the second axis: one multiplication of
+// 16-bit integers then serves two corners.
+struct Int8Pair {
+  int8_t corner[2];  // (i1, i2), (i1, i2 + 1)
 };
 
-// What the integers of an INT8 table stand for. Each scale is rounded to a multiple of its group's
-// unit, the largest scale of the group and output over kScaleOne.
-struct Int8Scales {
-  const int16_t* multiples;  // [ceil(pairs / 2)][width][2]: two pairs side by side
-  const float* units;        // [groups][width], over kValueOne
-};
+// Fixed-point corner weights for INT8 tables are multiples of 1 / kWeightOne.
+inline constexpr float kWeightOne = 16384.0f;
 
-// The largest multiple of a unit: 32 bits hold the sum of a group.
-inline constexpr int kScaleOne = 16384;
+// Positions within this distance of a cell's centre have weights below 2: 0.91 + 0.5 squared.
+inline constexpr float kFarthestFit = 0.91f;
 
 // A cell of an axis: position = (x - point) * inverse_width.
 struct GridCell {
@@ -91,17 +76,17 @@ struct TableStrides {
   int64_t block;  // a corner in this block and in the next one
 };
 
-struct RoundPositionsArgs {
+struct RoundWeightsArgs {
   CellRecord* records;  // [rows] of one group
   int64_t rows;
-  int64_t num_pairs;   // of the group, 1 ... kGroupPairs
-  FarPair* far_pairs;  // [rows * num_pairs], written by ascending rows and pairs
+  int64_t num_pairs;  // of the group, 1 ... kGroupPairs
 };
 
 // One pass: a group of pairs of a block, all rows.
 struct AccumulateArgs {
   const void* slices;  // the block's first corner of the group's first pair
   TableStrides strides;
+  const float* scales;        // [kGroupPairs][width] / kWeightOne of an INT8 table
   int64_t num_pairs;          // 1 ... kGroupPairs
   const CellRecord* records;  // [rows]
   int64_t rows;
@@ -110,10 +95,6 @@ struct AccumulateArgs {
   bool is_first;
   float* out;  // the new sums: over the old ones, or a float32 y
   int64_t out_stride;
-  // Of an INT8 table: the group's scales and far pairs.
-  Int8Scales scales;
-  const FarPair* far_pairs;
-  int64_t num_far_pairs;
   // What the next pass reads, to be fetched meanwhile: a slice as a whole, or only the corners that
   // next_records point at. Null for neither.
   const void* next_slices;
@@ -126,17 +107,13 @@ struct AccumulateArgs {
 struct AccumulateRowArgs {
   const void* slices;  // the block's first corner of pair 0
   TableStrides strides;
+  const float* scales;  // [num_pairs][width] / kWeightOne of an INT8 table
   int64_t num_pairs;
   const CellRecord* records;  // the row's record of the first group
   int64_t record_stride;      // records between two groups
   int64_t num_blocks;         // more than 1 only where KernelSet::row_outputs allows it
   int64_t width;              // outputs of each block, a multiple of the vector length
   float* sums;                // [num_blocks][width]; written, not added to
-  // Of an INT8 table: far pairs of all rows, and where those of each group end.
-  Int8Scales scales;
-  const FarPair* far_pairs;
-  const int64_t* far_ends;  // [groups]
-  int64_t row;
 };
 
 struct StoreArgs {
@@ -152,10 +129,9 @@ struct StoreArgs {
 // table for accumulate.
 struct KernelSet {
   const char* name;
-  int lanes;         // float32 values in a vector; a block's width is a multiple
-  int int8_outputs;  // of the widest block of an INT8 table
+  int lanes;  // float32 values in a vector; a block's width is a multiple
   void (*find_cells[3])(const FindCellsArgs&);
-  int64_t (*round_positions)(const RoundPositionsArgs&);  // returns the number of far pairs
+  void (*round_weights)(const RoundWeightsArgs&);
   void (*accumulate[4])(const AccumulateArgs&);
   void (*accumulate_row[4])(const AccumulateRowArgs&);
   int64_t row_outputs[4];  // accumulate_row takes as many full blocks at once, but at least one

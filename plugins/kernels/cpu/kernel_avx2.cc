@@ -1,6 +1,5 @@
 // Kernels for processors with AVX2, FMA and F16C. This file alone is compiled for them.
 #include "accumulate.h"
-#include "avx2_bytes.h"
 #include "avx2_vector.h"
 #include "find_cells_avx2.h"
 
@@ -23,13 +22,12 @@ void AccumulateOneRowOfFloats(const AccumulateRowArgs& args) {
 const KernelSet kAvx2Kernels = {
     "avx2",
     Avx2Vector::kLanes,
-    Avx2Bytes::kOutputs,
     {FindCellsAvx2<float>, FindCellsAvx2<Float16>, FindCellsAvx2<BFloat16>},
-    RoundPositionsAvx2,
+    RoundWeights<Avx2Vector>,
     {Accumulate<Avx2Vector, float>, Accumulate<Avx2Vector, Float16>,
-     Accumulate<Avx2Vector, BFloat16>, AccumulateInt8Avx2},
+     Accumulate<Avx2Vector, BFloat16>, Accumulate<Avx2Vector, Int8Pair>},
     {AccumulateOneRowOfFloats, AccumulateOneRow<Avx2Vector, Float16>,
-     AccumulateOneRow<Avx2Vector, BFloat16>, AccumulateInt8RowAvx2},
+     AccumulateOneRow<Avx2Vector, BFloat16>, AccumulateOneRow<Avx2Vector, Int8Pair>},
     {64, 1, 1, 1},
     {StoreRows<Avx2Vector, float>, StoreRows<Avx2Vector, Float16>, StoreRows<Avx2Vector, BFloat16>},
 };

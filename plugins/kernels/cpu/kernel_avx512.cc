@@ -1,6 +1,5 @@
 // Kernels for processors with AVX-512 F, BW, DQ, VL and VNNI. This file alone is compiled for them.
 #include "accumulate.h"
-#include "avx2_bytes.h"
 #include "avx2_vector.h"
 #include "find_cells_avx2.h"
 
@@ -22,48 +21,32 @@ struct Avx512Vector {
   static Reg Subtract(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static Reg Multiply(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static Reg MultiplyAdd(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
-};
 
-// Sixty-four outputs of an INT8 table; see accumulate_int8.h.
-struct Avx512Bytes {
-  static constexpr int kOutputs = 64;
-  static constexpr int kLanes = 16;
-  using Reg = __m512;
-  using Bytes = __m512i;
-  using Words = __m512i;
-  using Ints = __m512i;
-  static Reg Zero() { return _mm512_setzero_ps(); }
-  static Reg Load(const float* values) { return _mm512_loadu_ps(values); }
-  static void Store(float* out, Reg reg) { _mm512_storeu_ps(out, reg); }
-  static Reg MultiplyAdd(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
-  static __m512i LoadBytes(const int8_t* bytes) { return _mm512_loadu_si512(bytes); }
-  static __m512i LoadWords(const int16_t* words) { return _mm512_loadu_si512(words); }
-  static __m512i ZeroWords() { return _mm512_setzero_si512(); }
-  static __m512i ShiftLow(__m512i a) { return _mm512_unpacklo_epi8(ZeroWords(), a); }
-  static __m512i ShiftHigh(__m512i a) { return _mm512_unpackhi_epi8(ZeroWords(), a); }
-  static __m512i RepeatWord(int16_t word) { return _mm512_set1_epi16(word); }
-  static __m512i RepeatAsWords(int32_t words) { return _mm512_set1_epi32(words); }
-  static __m512i InterleaveBytesLow(__m512i a, __m512i b) { return _mm512_unpacklo_epi8(a, b); }
-  static __m512i InterleaveBytesHigh(__m512i a, __m512i b) { return _mm512_unpackhi_epi8(a, b); }
-  static __m512i InterleaveWordsLow(__m512i a, __m512i b) { return _mm512_unpacklo_epi16(a, b); }
-  static __m512i InterleaveWordsHigh(__m512i a, __m512i b) { return _mm512_unpackhi_epi16(a, b); }
-  static __m512i MultiplyHigh(__m512i a, __m512i b) { return _mm512_mulhrs_epi16(a, b); }
-  static __m512i Add(__m512i a, __m512i b) { return _mm512_add_epi16(a, b); }
-  static __m512i MultiplyWords(__m512i a, __m512i b) { return _mm512_madd_epi16(a, b); }
-  static __m512i MultiplyAddWords(__m512i a, __m512i b, __m512i c) {
+  static Reg Broadcast(float value) { return _mm512_set1_ps(value); }
+  using IntReg = __m512i;
+  static IntReg BroadcastPair(int32_t pair) { return _mm512_set1_epi32(pair); }
+  static IntReg WidenPairs(const Int8Pair* pairs) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs)));
+  }
+  static IntReg MultiplyPairs(IntReg a, IntReg b) { return _mm512_madd_epi16(a, b); }
+  static IntReg MultiplyAddPairs(IntReg a, IntReg b, IntReg c) {
     return _mm512_dpwssd_epi32(c, a, b);
   }
-  static Reg ToFloats(__m512i ints) { return _mm512_cvtepi32_ps(ints); }
-  static __m512i WidenLow(__m512i a) { return _mm512_srai_epi16(_mm512_unpacklo_epi8(a, a), 8); }
-  static __m512i WidenHigh(__m512i a) { return _mm512_srai_epi16(_mm512_unpackhi_epi8(a, a), 8); }
-  static __m512i FirstOfTwo(__m512i a) { return _mm512_srai_epi32(_mm512_slli_epi32(a, 16), 16); }
-  static __m512i SecondOfTwo(__m512i a) { return _mm512_srai_epi32(a, 16); }
-  static Reg Broadcast(float value) { return _mm512_set1_ps(value); }
-  static Reg Multiply(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static Reg ToFloats(IntReg reg) { return _mm512_cvtepi32_ps(reg); }
+  static IntReg LowHalves(IntReg reg) { return _mm512_srai_epi32(_mm512_slli_epi32(reg, 16), 16); }
+  static IntReg HighHalves(IntReg reg) { return _mm512_srai_epi32(reg, 16); }
 };
 
-// Vectors of 16 for the widest blocks, those of small tables. Elsewhere vectors of 8 are faster:
-// blocks of 16 outputs leave too few vectors of 16, and widening 16 halves at once is slow.
+// Vectors of 8 for INT8 tables, with the instruction that multiplies and adds at once.
+struct VnniVector : Avx2Vector {
+  static IntReg MultiplyAddPairs(IntReg a, IntReg b, IntReg c) {
+    return _mm256_dpwssd_epi32(c, a, b);
+  }
+};
+
+// Vectors of 16 for the widest blocks: those of small tables, and of INT8. Elsewhere vectors of 8
+// are faster: blocks of 16 outputs leave too few vectors of 16, and widening 16 halves at once is
+// slow.
 void AccumulateFloats(const AccumulateArgs& args) {
   if (args.width == kMaxBlockOutputs) return Accumulate<Avx512Vector, float>(args);
   Accumulate<Avx2Vector, float>(args);
@@ -80,14 +63,14 @@ void AccumulateOneRowOfFloats(const AccumulateRowArgs& args) {
   AccumulateOneRow<Avx2Vector, float>(args);
 }
 
-void AccumulateInt8OfWidth(const AccumulateArgs& args) {
-  if (args.width == Avx512Bytes::kOutputs) return AccumulateInt8<Avx512Bytes>(args);
-  AccumulateInt8Avx2(args);
+void AccumulateInt8(const AccumulateArgs& args) {
+  if (args.width == kMaxBlockOutputs) return Accumulate<Avx512Vector, Int8Pair>(args);
+  Accumulate<VnniVector, Int8Pair>(args);
 }
 
-void AccumulateInt8RowOfWidth(const AccumulateRowArgs& args) {
-  if (args.width == Avx512Bytes::kOutputs) return AccumulateInt8Row<Avx512Bytes>(args);
-  AccumulateInt8RowAvx2(args);
+void AccumulateOneRowOfInt8(const AccumulateRowArgs& args) {
+  if (args.width == kMaxBlockOutputs) return AccumulateOneRow<Avx512Vector, Int8Pair>(args);
+  AccumulateOneRow<VnniVector, Int8Pair>(args);
 }
 
 template <class T>
@@ -103,13 +86,12 @@ void AccumulateOneRowOfHalves(const AccumulateRowArgs& args) {
 const KernelSet kAvx512Kernels = {
     "avx512",
     Avx2Vector::kLanes,
-    Avx512Bytes::kOutputs,
     {FindCellsAvx2<float>, FindCellsAvx2<Float16>, FindCellsAvx2<BFloat16>},
-    RoundPositionsAvx2,
+    RoundWeights<Avx2Vector>,
     {AccumulateFloats, Accumulate<Avx2Vector, Float16>, Accumulate<Avx2Vector, BFloat16>,
-     AccumulateInt8OfWidth},
+     AccumulateInt8},
     {AccumulateOneRowOfFloats, AccumulateOneRowOfHalves<Float16>,
-     AccumulateOneRowOfHalves<BFloat16>, AccumulateInt8RowOfWidth},
+     AccumulateOneRowOfHalves<BFloat16>, AccumulateOneRowOfInt8},
     {128, 64, 64, 1},
     {StoreRows<Avx2Vector, float>, StoreRows<Avx2Vector, Float16>, StoreRows<Avx2Vector, BFloat16>},
 };

@@ -44,13 +44,16 @@ Range Part(int64_t size, int64_t index, int64_t parts) {
   return {begin, begin + quotient + (index < remainder ? 1 : 0)};
 }
 
+int64_t NumGroups(const lmkan_cpu_table& table) {
+  return (table.num_pairs + kGroupPairs - 1) / kGroupPairs;
+}
+
 int64_t PairsOf(const lmkan_cpu_table& table, int64_t group) {
   return std::min<int64_t>(kGroupPairs, table.num_pairs - group * kGroupPairs);
 }
 
 int64_t ChunkRows(const lmkan_cpu_table& table) {
-  const int64_t far_bytes = table.dtype == LMKAN_INT8 ? kGroupPairs * sizeof(FarPair) : 0;
-  const int64_t bytes = table.num_groups() * (int64_t{sizeof(CellRecord)} + far_bytes);
+  const int64_t bytes = NumGroups(table) * static_cast<int64_t>(sizeof(CellRecord));
   return std::clamp<int64_t>(kMostRecordBytes / bytes, 64, kMostChunkRows);
 }
 
@@ -63,46 +66,34 @@ int64_t RoundUpToCacheLine(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 class Scratch {
  public:
   // False when there is no memory.
-  bool Allocate(const lmkan_cpu_table& table, int64_t rows) {
-    const int64_t groups = table.num_groups();
-    const bool int8 = table.dtype == LMKAN_INT8;
-    const int64_t width = int8 ? kMaxInt8BlockOutputs : kMaxBlockOutputs;
+  bool Allocate(int64_t groups, int64_t rows) {
     const int64_t record_bytes = RoundUpToCacheLine(groups * rows * int64_t{sizeof(CellRecord)});
-    const int64_t sums = std::max<int64_t>(rows * width, kMaxRowOutputs);
+    const int64_t sums = std::max<int64_t>(rows * kMaxBlockOutputs, kMaxRowOutputs);
     const int64_t sum_bytes = RoundUpToCacheLine(sums * int64_t{sizeof(float)});
-    const int64_t end_bytes = int8 ? RoundUpToCacheLine(groups * int64_t{sizeof(int64_t)}) : 0;
-    const int64_t far_bytes = int8 ? table.num_pairs * rows * int64_t{sizeof(FarPair)} : 0;
-    const int64_t bytes = RoundUpToCacheLine(record_bytes + sum_bytes + end_bytes + far_bytes);
     char* memory = stack_;
-    if (bytes > static_cast<int64_t>(sizeof stack_)) {
-      heap_.reset(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes))));
+    if (record_bytes + sum_bytes > static_cast<int64_t>(sizeof stack_)) {
+      heap_.reset(static_cast<char*>(
+          std::aligned_alloc(64, static_cast<size_t>(record_bytes + sum_bytes))));
       memory = heap_.get();
     }
     records_ = reinterpret_cast<CellRecord*>(memory);
     sums_ = reinterpret_cast<float*>(memory + record_bytes);
-    far_ends_ = reinterpret_cast<int64_t*>(memory + record_bytes + sum_bytes);
-    far_pairs_ = reinterpret_cast<FarPair*>(memory + record_bytes + sum_bytes + end_bytes);
     return memory != nullptr;
   }
   CellRecord* records() const { return records_; }
   float* sums() const { return sums_; }
-  // Of an INT8 table: the far pairs group by group, and where those of each group end.
-  FarPair* far_pairs() const { return far_pairs_; }
-  int64_t* far_ends() const { return far_ends_; }
 
  private:
   alignas(64) char stack_[16 << 10];
   Buffer<char> heap_;
   CellRecord* records_ = nullptr;
   float* sums_ = nullptr;
-  int64_t* far_ends_ = nullptr;
-  FarPair* far_pairs_ = nullptr;
 };
 
 // One group of pairs of one block.
 struct Slice {
   const char* data;
-  Int8Scales scales;  // of INT8 tables; otherwise null
+  const float* scales;  // of INT8 tables; otherwise null
   int64_t pairs;
   int64_t bytes;
 };
@@ -113,29 +104,24 @@ Slice SliceOf(const lmkan_cpu_table& table, const Block& block, int64_t group) {
   const int64_t pairs = PairsOf(table, group);
   const char* data = static_cast<const char*>(table.data) +
                      (block.offset + first_pair * block.strides.pair) * element;
-  Int8Scales scales = {nullptr, nullptr};
-  if (table.dtype == LMKAN_INT8) {
-    scales.multiples = table.multiples.get() + block.multiples + first_pair * block.width;
-    scales.units = table.units.get() + block.units + group * block.width;
-  }
+  const float* scales = table.scales == nullptr
+                            ? nullptr
+                            : table.scales.get() + block.scales + first_pair * block.width;
   return {data, scales, pairs, pairs * block.strides.pair * element};
 }
 
 void FindCells(const lmkan_cpu_table& table, lmkan_dtype dtype, const char* x, int64_t rows,
-               const Scratch& scratch) {
+               CellRecord* records) {
   FindCellsArgs args;
   args.x = x;
   args.rows = rows;
   args.num_features = 2 * table.num_pairs;
   args.grid = table.grid();
-  args.records = scratch.records();
+  args.records = records;
   table.kernels->find_cells[dtype](args);
   if (table.dtype != LMKAN_INT8) return;
-  int64_t num_far = 0;
-  for (int64_t g = 0; g < table.num_groups(); ++g) {
-    num_far += table.kernels->round_positions(
-        {scratch.records() + g * rows, rows, PairsOf(table, g), scratch.far_pairs() + num_far});
-    scratch.far_ends()[g] = num_far;
+  for (int64_t g = 0; g < NumGroups(table); ++g) {
+    table.kernels->round_weights({records + g * rows, rows, PairsOf(table, g)});
   }
 }
 
@@ -181,15 +167,12 @@ void AccumulateFewRows(const lmkan_cpu_table& table, const Block& block, int64_t
   const Slice slice = SliceOf(table, block, 0);
   args.slices = slice.data;
   args.strides = block.strides;
+  args.scales = slice.scales;
   args.num_pairs = table.num_pairs;
   args.record_stride = rows;
   args.num_blocks = num_blocks;
   args.width = block.width;
-  args.scales = slice.scales;
-  args.far_pairs = scratch.far_pairs();
-  args.far_ends = scratch.far_ends();
   for (int64_t r = 0; r < rows; ++r) {
-    args.row = r;
     args.records = scratch.records() + r;
     args.sums = sums.data + r * sums.stride;
     table.kernels->accumulate_row[table.dtype](args);
@@ -202,7 +185,7 @@ void FetchNext(const lmkan_cpu_table& table, const Block& block, int64_t group,
                const Scratch& scratch, AccumulateArgs* args) {
   const Slice slice = SliceOf(table, block, group);
   const bool whole = args->rows >= table.num_cells();
-  const int64_t table_bytes = slice.bytes * table.num_groups() * table.num_blocks;
+  const int64_t table_bytes = slice.bytes * NumGroups(table) * table.num_blocks;
   if (!table.packed || (!whole && table_bytes < kCachedTable)) return;
   args->next_slices = slice.data;
   args->next_bytes = slice.bytes;
@@ -213,12 +196,13 @@ void FetchNext(const lmkan_cpu_table& table, const Block& block, int64_t group,
 // A block group by group. After the last group comes the first of `next_block`, if there is one.
 void AccumulateManyRows(const lmkan_cpu_table& table, const Block& block, const Block* next_block,
                         int64_t rows, const Scratch& scratch, const Sums& sums) {
-  const int64_t groups = table.num_groups();
+  const int64_t groups = NumGroups(table);
   for (int64_t g = 0; g < groups; ++g) {
     const Slice slice = SliceOf(table, block, g);
     AccumulateArgs args = {};
     args.slices = slice.data;
     args.strides = block.strides;
+    args.scales = slice.scales;
     args.num_pairs = slice.pairs;
     args.records = scratch.records() + g * rows;
     args.rows = rows;
@@ -227,12 +211,6 @@ void AccumulateManyRows(const lmkan_cpu_table& table, const Block& block, const 
     args.is_first = g == 0;
     args.out = g + 1 < groups ? scratch.sums() : sums.data;
     args.out_stride = g + 1 < groups ? block.width : sums.stride;
-    if (table.dtype == LMKAN_INT8) {
-      const int64_t first_far = g == 0 ? 0 : scratch.far_ends()[g - 1];
-      args.scales = slice.scales;
-      args.far_pairs = scratch.far_pairs() + first_far;
-      args.num_far_pairs = scratch.far_ends()[g] - first_far;
-    }
     if (g + 1 < groups) {
       FetchNext(table, block, g + 1, scratch, &args);
     } else if (next_block != nullptr) {
@@ -259,14 +237,15 @@ lmkan_status RunTask(const lmkan_cpu_table& table, lmkan_dtype dtype, const char
                      Range rows, Range blocks, const Message& message) {
   const int64_t chunk_rows = std::min(ChunkRows(table), rows.end - rows.begin);
   Scratch scratch;
-  if (!scratch.Allocate(table, chunk_rows)) {
+  if (!scratch.Allocate(NumGroups(table), chunk_rows)) {
     return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for the intermediate results of %lld rows",
                 static_cast<long long>(chunk_rows));
   }
   for (int64_t first = rows.begin; first < rows.end; first += chunk_rows) {
     const int64_t count = std::min(chunk_rows, rows.end - first);
     const bool is_last_chunk = first + count == rows.end;
-    FindCells(table, dtype, x + first * 2 * table.num_pairs * DtypeSize(dtype), count, scratch);
+    FindCells(table, dtype, x + first * 2 * table.num_pairs * DtypeSize(dtype), count,
+              scratch.records());
     char* const chunk_y = y + first * table.num_outputs * DtypeSize(dtype);
     int64_t num_blocks;
     for (int64_t b = blocks.begin; b < blocks.end; b += num_blocks) {

@@ -1,7 +1,6 @@
 // Checks a table description and lays the table out for the kernels.
 #include "table.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
@@ -14,7 +13,6 @@
 #include <unistd.h>
 #endif
 
-#include "int8_layout.h"
 #include "status.h"
 
 using lmkan::cpu::AllocateAligned;
@@ -157,51 +155,31 @@ void PackFloats(const lmkan_cpu_table& table, const char* from, char* to) {
   }
 }
 
-void PackInt8(const lmkan_cpu_table& table, const int8_t* from, int8_t* to) {
+void PackInt8(const lmkan_cpu_table& table, const int8_t* from, Int8Pair* to) {
+  const int64_t points = table.num_grids + 1;
   for (int64_t b = 0; b < table.num_blocks; ++b) {
     const Block block = table.block(b);
-    int64_t offsets[kMaxInt8BlockOutputs];
-    for (int64_t o = 0; o < block.outputs; ++o) offsets[o] = Int8Offset(block.width, o);
-    int8_t* corner = to + block.offset;
+    Int8Pair* row = to + block.offset;
     const int8_t* source = from + block.first_output;
     for (int64_t i = 0; i < table.num_pairs * table.num_cells(); ++i) {
-      for (int64_t o = 0; o < block.outputs; ++o) corner[offsets[o]] = source[o];
-      corner += block.width;
+      const bool has_neighbour = i % points != points - 1;  // the last point's is never read
+      for (int64_t o = 0; o < block.outputs; ++o) {
+        row[o].corner[0] = source[o];
+        row[o].corner[1] = has_neighbour ? source[o + table.num_outputs] : int8_t{0};
+      }
+      row += block.width;
       source += table.num_outputs;
     }
   }
 }
 
-// The unit of a group of scales, `stride` apart, and their multiples of it, 2 * `width` apart from
-// one two pairs to the next. A scale that is not finite makes the unit NaN.
-float SplitScales(const float* scales, int64_t stride, int64_t pairs, int64_t width,
-                  int16_t* multiples) {
-  float largest = 0;
-  for (int64_t p = 0; p < pairs; ++p) {
-    const float size = std::fabs(scales[p * stride]);
-    if (!std::isfinite(size)) return std::numeric_limits<float>::quiet_NaN();
-    largest = std::max(largest, size);
-  }
-  if (largest == 0) return 0;
-  const double one = double{largest} / kScaleOne;
-  for (int64_t p = 0; p < pairs; ++p) {
-    multiples[p / 2 * 2 * width + p % 2] =
-        static_cast<int16_t>(std::nearbyint(scales[p * stride] / one));
-  }
-  return static_cast<float>(one / kValueOne);
-}
-
-void PackScales(const lmkan_cpu_table& table, const float* from, int16_t* multiples, float* units) {
+void PackScales(const lmkan_cpu_table& table, const float* from, float* to) {
   for (int64_t b = 0; b < table.num_blocks; ++b) {
     const Block block = table.block(b);
-    for (int64_t g = 0; g < table.num_groups(); ++g) {
-      const int64_t first_pair = g * kGroupPairs;
-      const int64_t pairs = std::min<int64_t>(kGroupPairs, table.num_pairs - first_pair);
-      for (int64_t o = 0; o < block.outputs; ++o) {
-        units[block.units + g * block.width + o] = SplitScales(
-            from + first_pair * table.num_outputs + block.first_output + o, table.num_outputs,
-            pairs, block.width, multiples + block.multiples + first_pair * block.width + 2 * o);
-      }
+    float* row = to + block.scales;
+    for (int64_t pair = 0; pair < table.num_pairs; ++pair, row += block.width) {
+      const float* source = from + pair * table.num_outputs + block.first_output;
+      for (int64_t o = 0; o < block.outputs; ++o) row[o] = source[o] / kWeightOne;
     }
   }
 }
@@ -220,10 +198,9 @@ int64_t SecondLevelCache() {
 // the nearer to the core the slice stays, and with it the next slice that is being fetched. But a
 // corner should fill a cache line.
 int64_t BlockOutputs(const lmkan_cpu_table& table, lmkan_ownership ownership) {
-  if (table.dtype == LMKAN_INT8) return table.kernels->int8_outputs;
   constexpr int64_t kCacheLine = 64;
   // Borrowed corners lie num_outputs apart, which is no better for narrow blocks.
-  if (ownership == LMKAN_BORROW) return kMaxBlockOutputs;
+  if (ownership == LMKAN_BORROW && table.dtype != LMKAN_INT8) return kMaxBlockOutputs;
   const int64_t element = table.element_size();
   const int64_t widest_slice = kGroupPairs * table.num_cells() * kMaxBlockOutputs * element;
   if (widest_slice <= SecondLevelCache() / 8) return kMaxBlockOutputs;
@@ -281,20 +258,15 @@ lmkan_status Create(const lmkan_table_desc* desc, lmkan_ownership ownership, lmk
   }
   if (desc->dtype == LMKAN_INT8) {
     const Block last = table->block(table->num_blocks - 1);
-    const auto multiples =
-        static_cast<size_t>(last.multiples + 2 * ((table->num_pairs + 1) / 2) * last.width) *
-        sizeof(int16_t);
-    const auto units =
-        static_cast<size_t>(last.units + table->num_groups() * last.width) * sizeof(float);
-    table->multiples.reset(static_cast<int16_t*>(AllocateAligned(multiples)));
-    table->units.reset(static_cast<float*>(AllocateAligned(units)));
-    if (table->multiples == nullptr || table->units == nullptr) {
-      return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for scales of %zu bytes",
-                  multiples + units);
+    const size_t bytes =
+        static_cast<size_t>(last.scales + table->num_pairs * last.width) * sizeof(float);
+    table->scales.reset(static_cast<float*>(AllocateAligned(bytes)));
+    if (table->scales == nullptr) {
+      return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for scales of %zu bytes", bytes);
     }
-    PackScales(*table, desc->scales, table->multiples.get(), table->units.get());
+    PackScales(*table, desc->scales, table->scales.get());
     PackInt8(*table, static_cast<const int8_t*>(desc->data),
-             static_cast<int8_t*>(table->storage.get()));
+             static_cast<Int8Pair*>(table->storage.get()));
   } else if (table->packed) {
     PackFloats(*table, static_cast<const char*>(desc->data),
                static_cast<char*>(table->storage.get()));
@@ -312,18 +284,13 @@ Block lmkan_cpu_table::block(int64_t index) const {
   const int64_t left = num_outputs - block.first_output;
   block.outputs = left < block_outputs ? left : block_outputs;
   block.width = (block.outputs + kernels->lanes - 1) / kernels->lanes * kernels->lanes;
-  if (dtype == LMKAN_INT8) {
-    block.width = lmkan::cpu::kMinInt8BlockOutputs;
-    while (block.width < block.outputs) block.width *= 2;
-  }
   block.strides.cell = packed ? block.width : num_outputs;
   block.strides.line = (num_grids + 1) * block.strides.cell;
   block.strides.pair = num_cells() * block.strides.cell;
   // Between full blocks; the last one may be narrower.
   block.strides.block = packed ? num_pairs * block.strides.pair : block.width;
   block.offset = packed ? block.first_output * num_pairs * num_cells() : block.first_output;
-  block.multiples = block.first_output * 2 * ((num_pairs + 1) / 2);
-  block.units = block.first_output * num_groups();
+  block.scales = block.first_output * num_pairs;
   return block;
 }
 

@@ -25,11 +25,10 @@ void* AllocateAligned(size_t bytes);
 // Neighbouring outputs that one accumulate call handles.
 struct Block {
   int64_t first_output;
-  int64_t outputs;    // that exist
-  int64_t width;      // rounded up to whole vectors
-  int64_t offset;     // elements from the table's start to the block's first corner
-  int64_t multiples;  // of an INT8 table: elements from their start to the block's first
-  int64_t units;
+  int64_t outputs;  // that exist
+  int64_t width;    // rounded up to whole vectors
+  int64_t offset;   // elements from the table's start to the block's first corner
+  int64_t scales;   // elements from the scales' start to the block's first
   lmkan::cpu::TableStrides strides;
 };
 
@@ -37,8 +36,7 @@ struct Block {
 
 // The handle of the C interface. A copied table is stored block by block,
 // [block][pair][cell][width]: one pair of a block is contiguous, so it occupies all sets of a cache
-// evenly, which rows of a power of two outputs would not. Outputs of an INT8 table are in the order
-// of int8_layout.h.
+// evenly, which rows of a power of two outputs would not. Entries of INT8 tables become Int8Pairs.
 struct lmkan_cpu_table {
   const lmkan::cpu::KernelSet* kernels = nullptr;
   lmkan_dtype dtype = LMKAN_FLOAT32;
@@ -49,15 +47,12 @@ struct lmkan_cpu_table {
   int64_t num_blocks = 0;
   bool packed = false;
   const void* data = nullptr;
-  lmkan::cpu::Buffer<void> storage;       // owns data when packed
-  lmkan::cpu::Buffer<int16_t> multiples;  // see Int8Scales, [block][...]; null unless INT8
-  lmkan::cpu::Buffer<float> units;
+  lmkan::cpu::Buffer<void> storage;  // owns data when packed
+  lmkan::cpu::Buffer<float> scales;  // INT8: [block][pair][width] / kWeightOne; otherwise null
   lmkan::cpu::Buffer<lmkan::cpu::GridCell> grid_cells;  // num_grids
 
-  int64_t element_size() const { return dtype == LMKAN_FLOAT32 ? 4 : dtype == LMKAN_INT8 ? 1 : 2; }
-  int64_t num_groups() const {
-    return (num_pairs + lmkan::cpu::kGroupPairs - 1) / lmkan::cpu::kGroupPairs;
-  }
+  // Bytes between two outputs of a stored corner.
+  int64_t element_size() const { return dtype == LMKAN_FLOAT32 ? 4 : 2; }
   int64_t num_cells() const { return (num_grids + 1) * (num_grids + 1); }
   lmkan::cpu::Grid grid() const { return {static_cast<int32_t>(num_grids), grid_cells.get()}; }
   lmkan::cpu::Block block(int64_t index) const;
