@@ -272,6 +272,7 @@ def verify(
     outputs: Mapping[str, NDArray[Any]] | None = None,
     reference_model: str | Path | None = None,
     runtimes: Sequence[RuntimeName] = ("onnxruntime", "onnxruntime-function"),
+    cuda_graphs: bool = False,
     batch_sizes: Sequence[int] | None = None,
     seed: int = 0,
     rtol: float | None = None,
@@ -294,6 +295,7 @@ def verify(
         reference_model: Another ONNX file, such as the one with float32 tables. What each layer's narrow
             table costs is then measured as well.
         runtimes: What to compare.
+        cuda_graphs: See `load_runner`.
         batch_sizes: Sizes of the free axes of random inputs.
         seed: Of the random inputs.
         rtol: Allowed relative error; None takes a default by type, 1e-2 between runtimes of int8 tables.
@@ -309,7 +311,9 @@ def verify(
             "expected something to compare the engine with, found nothing; pass --reference with the ONNX model, "
             "--checkpoint or --outputs"
         )
-    runners = [load_runner(model)] if is_engine else [load_runner(model, runtime) for runtime in runtimes]
+    # An engine has a runtime of its own.
+    chosen: Sequence[RuntimeName] = ["onnxruntime"] if is_engine else runtimes
+    runners = [load_runner(model, name, cuda_graphs=cuda_graphs) for name in chosen]
     given = {"given inputs": dict(inputs)} if inputs is not None else {}
     if outputs is not None:
         if inputs is None:
@@ -346,6 +350,7 @@ def run(
     *,
     runtime: RuntimeName = "onnxruntime",
     threads: int | None = None,
+    cuda_graphs: bool = False,
 ) -> Arrays:
     """Loads a model and runs it once; keep a `load_runner` for more calls.
 
@@ -354,6 +359,7 @@ def run(
         feeds: Every input by name.
         runtime: See `load_runner`.
         threads: See `load_runner`.
+        cuda_graphs: See `load_runner`.
 
     Returns:
         Every output by name.
@@ -361,7 +367,7 @@ def run(
     Raises:
         LmkanError: The model can't be loaded, or the arrays don't fit its inputs.
     """
-    return load_runner(model, runtime, threads=threads).run(feeds)
+    return load_runner(model, runtime, threads=threads, cuda_graphs=cuda_graphs).run(feeds)
 
 
 def inspect(model: str | Path) -> ModelInfo:

@@ -113,6 +113,14 @@ InputsFile = Annotated[
         "--inputs", "-i", metavar="FILE", help="Inputs to compare on, besides random ones: .npz or .npy."
     ),
 ]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option(
+        "--cuda-graphs",
+        help="Run engines with a CUDA graph for each shape of the inputs. Saves the launches of many small "
+        "kernels; the first run of a shape takes longer.",
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON; NaN and infinite numbers are strings.")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from lmkan_deploy.commands.arrays import read_arrays, write_arrays
-from lmkan_deploy.commands.options import RUNTIMES, Quiet
+from lmkan_deploy.commands.options import RUNTIMES, CudaGraphs, Quiet
 from lmkan_deploy.commands.terminal import show_progress
 
 
@@ -42,6 +42,7 @@ def run(
             min=1, max=1024, metavar="NUMBER", help="Threads of the run. Default: ONNX Runtime's choice."
         ),
     ] = None,
+    cuda_graphs: CudaGraphs = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a model on arrays in a file.
@@ -58,7 +59,12 @@ def run(
     output_file(output)  # refused before the work begins
     with show_progress(quiet) as progress:
         progress("loading")
-        runner = load_runner(model, runtime, threads=threads)  # type: ignore[arg-type]
+        runner = load_runner(
+            model,
+            runtime,  # type: ignore[arg-type]
+            threads=threads,
+            cuda_graphs=cuda_graphs,
+        )
         feeds = read_arrays(inputs, [spec.name for spec in runner.inputs])
         progress("running")
         results = runner.run(feeds)

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from lmkan_deploy.commands.options import CudaGraphs
 from lmkan_deploy.errors import InputError
 
 TOKEN_VARIABLE = "LMKAN_DEPLOY_TOKEN"
@@ -106,6 +107,7 @@ def serve(
             metavar="NAME", help="What runs ONNX files: onnxruntime, onnxruntime-cuda, ... as in run."
         ),
     ] = "onnxruntime",
+    cuda_graphs: CudaGraphs = False,
     watch: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
@@ -176,6 +178,7 @@ def serve(
         processes=workers,
         threads=threads or max(1, available_cores() // workers),
         runtime=runtime,  # type: ignore[arg-type]
+        cuda_graphs=cuda_graphs,
         batching=BatchingOptions(max_batch, max_delay_us * 1e-6, max_queue),
         timeout=timeout or None,
         max_body=max_body_mb << 20,

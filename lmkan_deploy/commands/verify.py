@@ -14,6 +14,7 @@ from lmkan_deploy.commands.options import (
     ArchArgs,
     ArchPath,
     AsJson,
+    CudaGraphs,
     InputsFile,
     InputShape,
     Quiet,
@@ -70,6 +71,7 @@ def verify(
             help=f"What to compare: {RUNTIMES} May be repeated. Default: the first two.",
         ),
     ] = None,
+    cuda_graphs: CudaGraphs = False,
     batch: Annotated[
         Optional[list[int]],  # noqa: UP045
         typer.Option(
@@ -133,6 +135,7 @@ def verify(
             outputs=expected,
             reference_model=reference,
             runtimes=runtime or ("onnxruntime", "onnxruntime-function"),  # type: ignore[arg-type]
+            cuda_graphs=cuda_graphs,
             batch_sizes=batch,
             seed=seed,
             rtol=rtol,

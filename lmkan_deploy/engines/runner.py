@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmkan_deploy.engines.batches import split_batch
+from lmkan_deploy.engines.cuda_graph import import_driver
 from lmkan_deploy.engines.device import compute_capability
+from lmkan_deploy.engines.lane import DeviceArray, GraphLane, Lane, LoadedEngine
 from lmkan_deploy.engines.manifest import check_manifest, read_manifest
 from lmkan_deploy.engines.plugin import find_plugin, load_plugin
 from lmkan_deploy.engines.tensorrt_api import EngineRuntime, import_tensorrt, last_errors, make_log
@@ -32,24 +34,6 @@ _DTYPES = {
 }
 
 
-class DeviceArray:
-    """A tensor in device memory, for everything that takes `__cuda_array_interface__`, such as
-    `torch.as_tensor` and `cupy.asarray`.
-    """
-
-    def __init__(self, memory: Any, shape: tuple[int, ...], dtype: str) -> None:
-        self._memory = memory  # keeps the allocation alive
-        self.shape = shape
-        self.dtype = dtype
-        kind = np.dtype(np.uint16) if dtype == "bfloat16" else np.dtype(dtype)
-        self.__cuda_array_interface__ = {
-            "shape": shape,
-            "typestr": kind.str,
-            "data": (int(memory), False),
-            "version": 3,
-        }
-
-
 class EngineRunner:
     """An engine on one GPU. Every thread that calls it gets an execution context and a stream of its own.
 
@@ -57,13 +41,17 @@ class EngineRunner:
         path: The engine; its manifest lies beside it.
         plugin: The plugin library; by default the package's.
         device: Number of the GPU.
+        cuda_graphs: Whether to run with a CUDA graph for each shape, which saves the launches of many small
+            kernels; the first run of a shape takes longer. Each thread keeps those of the last 32 shapes.
 
     Raises:
         EngineError: The engine does not fit this machine; see `check_manifest`.
         LibraryError: TensorRT, pycuda, the plugin or a GPU is missing.
     """
 
-    def __init__(self, path: Path, *, plugin: Path | None = None, device: int = 0) -> None:
+    def __init__(
+        self, path: Path, *, plugin: Path | None = None, device: int = 0, cuda_graphs: bool = False
+    ) -> None:
         manifest = read_manifest(path)
         runtime: EngineRuntime = manifest.runtime  # type: ignore[assignment]
         self._trt = trt = import_tensorrt(runtime)
@@ -78,8 +66,10 @@ class EngineRunner:
         )
         if library is not None:
             load_plugin(trt, self._log, library)
-        self._cuda = _import_pycuda()
-        self._device_context = self._cuda.Device(device).retain_primary_context()
+        cuda = _import_pycuda()
+        if cuda_graphs and runtime == "tensorrt":
+            import_driver()
+        self._device_context = cuda.Device(device).retain_primary_context()
         self._profiles = manifest.profiles
         with self._on_device():
             self._engine = trt.Runtime(self._log).deserialize_cuda_engine(path.read_bytes())
@@ -92,6 +82,8 @@ class EngineRunner:
             is_input = self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
             specs[is_input].append(self._spec(name))
         self.inputs, self.outputs = specs[True], specs[False]
+        self._loaded = LoadedEngine(runtime, trt, cuda, self._engine, self._log, self.inputs, self.outputs)
+        self._new_lane = GraphLane if cuda_graphs else Lane
         self._threads = threading.local()
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
@@ -111,7 +103,8 @@ class EngineRunner:
         return {spec.name: np.concatenate([r[spec.name] for r in results]) for spec in self.outputs}
 
     def run_on_device(self, feeds: Mapping[str, Any]) -> dict[str, DeviceArray]:
-        """Runs the engine on tensors that are on the GPU already, without a copy.
+        """Runs the engine on tensors that are on the GPU already: without a copy, or with one into and out of
+        the memory of a CUDA graph.
 
         Args:
             feeds: Every input by name: contiguous objects with `__cuda_array_interface__`, whose contents
@@ -145,7 +138,7 @@ class EngineRunner:
                 raise InputError(f"expected 1 to {most} rows on the GPU, found {max(rows)}; split the batch")
         with self._on_device():
             addresses = {name: interface["data"][0] for name, interface in interfaces.items()}
-            return self._lane().launch(shapes, addresses)
+            return self._lane().run_on_device(shapes, addresses)
 
     def _spec(self, name: str) -> TensorSpec:
         dtype = _DTYPES.get(self._engine.get_tensor_dtype(name).name, "unknown")
@@ -175,74 +168,11 @@ class EngineRunner:
         finally:
             self._device_context.pop()
 
-    def _lane(self) -> _Lane:
+    def _lane(self) -> Lane | GraphLane:
         if not hasattr(self._threads, "lane"):
-            self._threads.lane = _Lane(self._cuda, self._engine, self._log, self.inputs, self.outputs)
-        lane: _Lane = self._threads.lane
+            self._threads.lane = self._new_lane(self._loaded)
+        lane: Lane | GraphLane = self._threads.lane
         return lane
-
-
-class _Lane:
-    """One thread's execution context, stream and input memory."""
-
-    def __init__(
-        self, cuda: Any, engine: Any, log: Any, inputs: list[TensorSpec], outputs: list[TensorSpec]
-    ) -> None:
-        self._cuda, self._log, self._inputs, self._outputs = cuda, log, inputs, outputs
-        self._context = engine.create_execution_context()
-        if self._context is None:
-            raise EngineError(f"TensorRT could not make an execution context: {last_errors(log)}")
-        self._stream = cuda.Stream()
-        self._memory: dict[str, tuple[int, Any]] = {}  # input -> bytes, allocation
-
-    def run(self, feeds: Arrays) -> Arrays:
-        """From host memory to host memory."""
-        addresses = {}
-        for name, array in feeds.items():
-            memory = self._at_least(name, array.nbytes)
-            self._cuda.memcpy_htod_async(memory, _bytes_of(array), self._stream)
-            addresses[name] = int(memory)
-        on_device = self.launch({name: array.shape for name, array in feeds.items()}, addresses)
-        results = {}
-        for name, source in on_device.items():
-            host = np.empty(source.shape, numpy_dtype(source.dtype))
-            if host.nbytes:
-                self._cuda.memcpy_dtoh_async(_bytes_of(host), source._memory, self._stream)
-            results[name] = host
-        self._stream.synchronize()
-        return results
-
-    def launch(
-        self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]
-    ) -> dict[str, DeviceArray]:
-        """Runs on device memory, and waits until the outputs are complete."""
-        for name, shape in shapes.items():
-            if not self._context.set_input_shape(name, shape):
-                raise InputError(f"TensorRT refused input {name} {list(shape)}: {last_errors(self._log)}")
-            self._context.set_tensor_address(name, addresses[name])
-        results = {}
-        for spec in self._outputs:
-            shape = tuple(self._context.get_tensor_shape(spec.name))
-            size = int(np.prod(shape)) * numpy_dtype(spec.dtype).itemsize
-            memory = self._cuda.mem_alloc(max(size, 1))
-            self._context.set_tensor_address(spec.name, int(memory))
-            results[spec.name] = DeviceArray(memory, shape, spec.dtype)
-        if not self._context.execute_async_v3(self._stream.handle):
-            raise InputError(f"TensorRT could not run the engine: {last_errors(self._log)}")
-        self._stream.synchronize()
-        return results
-
-    def _at_least(self, name: str, size: int) -> Any:
-        held, memory = self._memory.get(name, (0, None))
-        if size > held:
-            memory = self._cuda.mem_alloc(size)
-            self._memory[name] = (size, memory)
-        return memory
-
-
-def _bytes_of(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """An array's memory; pycuda takes no arrays of bfloat16."""
-    return array.reshape(-1).view(np.uint8)
 
 
 def _import_pycuda() -> Any:

@@ -51,7 +51,11 @@ class Runner(Protocol):
 
 
 def load_runner(
-    model: str | Path, runtime: RuntimeName = "onnxruntime", *, threads: int | None = None
+    model: str | Path,
+    runtime: RuntimeName = "onnxruntime",
+    *,
+    threads: int | None = None,
+    cuda_graphs: bool = False,
 ) -> Runner:
     """Loads a model file.
 
@@ -59,6 +63,7 @@ def load_runner(
         model: An ONNX file, or a TensorRT engine (.engine) beside its manifest.
         runtime: What to run an ONNX file with; see `RuntimeName`. An engine has one of its own.
         threads: Threads of one call on the CPU; None leaves the choice to the runtime.
+        cuda_graphs: Whether an engine runs with a CUDA graph for each shape.
 
     Raises:
         EngineError: The engine does not fit this machine.
@@ -69,7 +74,9 @@ def load_runner(
     if path.suffix == ".engine":
         from lmkan_deploy.engines.runner import EngineRunner
 
-        return EngineRunner(path)
+        return EngineRunner(path, cuda_graphs=cuda_graphs)
+    if cuda_graphs:
+        raise ModelError(f"expected an engine with CUDA graphs, found {path}; leave CUDA graphs out")
     if runtime == "onnx-reference":
         from lmkan_deploy.runtime.onnx_reference import OnnxReferenceRunner
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import re
 import shutil
@@ -102,6 +101,7 @@ class ModelStore:
         metrics: Where models count.
         runtime: What runs ONNX files.
         threads: Threads of one run; None leaves the choice to ONNX Runtime.
+        cuda_graphs: Whether engines run with CUDA graphs.
 
     Requests keep the model they began with: replacing or unloading one lets it finish its queue first.
     """
@@ -115,11 +115,12 @@ class ModelStore:
         metrics: Metrics,
         runtime: RuntimeName = "onnxruntime",
         threads: int | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         self._sources = {check_model_name(name): path for name, path in sources.items()}
         self._folder, self._metrics = folder, metrics
         self.options = options
-        self._load = functools.partial(load_runner, runtime=runtime, threads=threads)
+        self._runtime, self._threads, self._cuda_graphs = runtime, threads, cuda_graphs
         self._served: dict[str, dict[str, ServedModel]] = {}
         self._problems: dict[str, str] = {}
         self._lock = asyncio.Lock()
@@ -240,6 +241,10 @@ class ModelStore:
                 self._retire(versions.values())
             self._served.clear()
         await asyncio.gather(*self._closing)
+
+    def _load(self, file: Path) -> Runner:
+        graphs = self._cuda_graphs and file.suffix == ".engine"
+        return load_runner(file, self._runtime, threads=self._threads, cuda_graphs=graphs)
 
     def _source(self, name: str) -> Path:
         if name in self._sources:

@@ -26,6 +26,7 @@ class ServerOptions:
         processes: Worker processes, each with its own copy of the models.
         threads: Threads of one run of a model.
         runtime: What runs ONNX files.
+        cuda_graphs: Whether engines run with CUDA graphs.
         batching: How requests are joined.
         timeout: Seconds that a request may take unless it says less; None for any.
         max_body: Most bytes of a request's body.
@@ -48,6 +49,7 @@ class ServerOptions:
     processes: int = 1
     threads: int = 1
     runtime: RuntimeName = "onnxruntime"
+    cuda_graphs: bool = False
     batching: BatchingOptions = field(default_factory=BatchingOptions)
     timeout: float | None = 30.0
     max_body: int = 64 << 20

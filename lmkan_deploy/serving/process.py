@@ -108,6 +108,7 @@ async def _serve(
         metrics=metrics,
         runtime=options.runtime,
         threads=options.threads,
+        cuda_graphs=options.cuda_graphs,
     )
     control = Control(store, folder, process, options.processes)
     context = Context(

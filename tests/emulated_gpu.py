@@ -1,0 +1,353 @@
+"""A GPU on the host, for the code between Python and TensorRT: device memory, streams, captures, and an engine.
+
+Stands for `pycuda.driver`, `cuda.bindings.driver` and `tensorrt`. It is stricter than a GPU: streams work only
+once somebody waits for them, memory is checked at every access, and a context that was captured may not change.
+Values are real: the engine is ONNX Runtime with the compiled operators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import threading
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+import lmkan_deploy
+from lmkan_deploy.engines import runner as engine_runner
+from lmkan_deploy.engines.profiles import Profile
+from lmkan_deploy.runtime.tensors import numpy_dtype
+
+Work = Callable[[], None]
+COMPUTE_CAPABILITY = "9.0"
+
+
+class Memory:
+    """Device memory: addresses that nothing on the host has."""
+
+    def __init__(self) -> None:
+        self._next = 1 << 40
+        self._blocks: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def allocate(self, size: int) -> Allocation:
+        assert size > 0, "the driver refuses to allocate nothing"
+        with self._lock:
+            address = self._next
+            self._next += -(-size // 256) * 256 + 4096  # so that no overrun hits a neighbour
+            self._blocks[address] = np.full(size, 0xFF, np.uint8)
+        return Allocation(self, address)
+
+    def free(self, address: int) -> None:
+        with self._lock:
+            del self._blocks[address]
+
+    def at(self, address: int, size: int) -> np.ndarray:
+        block = self._blocks.get(address)
+        assert block is not None, "access to memory that was freed or never allocated"
+        assert size <= block.nbytes, "access beyond an allocation"
+        return block[:size]
+
+    @property
+    def allocations(self) -> int:
+        return len(self._blocks)
+
+
+class Allocation:
+    """pycuda's `DeviceAllocation`: freed with its last reference."""
+
+    def __init__(self, memory: Memory, address: int) -> None:
+        self._address = address
+        weakref.finalize(self, memory.free, address).atexit = False
+
+    def __int__(self) -> int:
+        return self._address
+
+
+class Stream:
+    """A stream: a queue that runs when somebody waits for it."""
+
+    known: ClassVar[weakref.WeakValueDictionary[int, Stream]] = weakref.WeakValueDictionary()
+
+    def __init__(self) -> None:
+        self.handle = id(self)
+        self.captured: list[Work] | None = None
+        self._queue: list[Work] = []
+        self._thread = threading.get_ident()
+        Stream.known[self.handle] = self
+
+    def put(self, work: Work) -> None:
+        assert threading.get_ident() == self._thread, "a stream of another thread"
+        (self._queue if self.captured is None else self.captured).append(work)
+
+    def synchronize(self) -> None:
+        assert self.captured is None, "waiting for a stream that is being captured"
+        queue, self._queue = self._queue, []
+        for work in queue:
+            work()
+
+
+class Cuda(types.ModuleType):
+    """`pycuda.driver`."""
+
+    Error = RuntimeError
+
+    def __init__(self) -> None:
+        super().__init__("pycuda.driver")
+        self.memory = Memory()
+        self._current = threading.local()
+        self.Stream = Stream
+
+    def init(self) -> None:
+        pass
+
+    def Device(self, number: int) -> Any:  # noqa: N802
+        def set_current(change: int) -> None:
+            self._current.depth = getattr(self._current, "depth", 0) + change
+
+        context = types.SimpleNamespace(push=lambda: set_current(1), pop=lambda: set_current(-1))
+        return types.SimpleNamespace(retain_primary_context=lambda: context)
+
+    def mem_alloc(self, size: int) -> Allocation:
+        assert getattr(self._current, "depth", 0) == 1, "no context is current"
+        return self.memory.allocate(size)
+
+    def memcpy_htod_async(self, dest: Any, src: np.ndarray, stream: Stream) -> None:
+        assert src.dtype == np.uint8
+        stream.put(lambda: np.copyto(self.memory.at(int(dest), src.nbytes), src))
+
+    def memcpy_dtoh_async(self, dest: np.ndarray, src: Any, stream: Stream) -> None:
+        assert dest.dtype == np.uint8
+        stream.put(lambda: np.copyto(dest, self.memory.at(int(src), dest.nbytes)))
+
+    def memcpy_dtod_async(self, dest: int, src: int, size: int, stream: Stream) -> None:
+        def copy() -> None:
+            self.memory.at(dest, size)[:] = self.memory.at(src, size)
+
+        stream.put(copy)
+
+
+class Driver(types.ModuleType):
+    """`cuda.bindings.driver`, of which `failing` names functions that fail."""
+
+    class CUresult(enum.IntEnum):
+        CUDA_SUCCESS = 0
+        CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
+
+    class CUstreamCaptureMode(enum.IntEnum):
+        CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1
+
+    def __init__(self) -> None:
+        super().__init__("cuda.bindings.driver")
+        self.CUstream = int
+        self.failing: set[str] = set()
+        self.graphs: set[int] = set()
+        self.launches = 0
+        self._work: dict[int, list[Work]] = {}
+
+    def _status(self, name: str) -> CUresult:
+        failed = name in self.failing
+        return self.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED if failed else self.CUresult.CUDA_SUCCESS
+
+    def _new(self, work: list[Work]) -> int:
+        handle = len(self._work) + 1
+        self._work[handle] = work
+        self.graphs.add(handle)
+        return handle
+
+    def cuStreamBeginCapture(self, stream: int, mode: CUstreamCaptureMode) -> tuple[CUresult]:  # noqa: N802
+        status = self._status("cuStreamBeginCapture")
+        if status == 0:
+            assert Stream.known[stream].captured is None
+            Stream.known[stream].captured = []
+        return (status,)
+
+    def cuStreamEndCapture(self, stream: int) -> tuple[CUresult, int | None]:  # noqa: N802
+        work, Stream.known[stream].captured = Stream.known[stream].captured, None
+        assert work is not None
+        status = self._status("cuStreamEndCapture")
+        return status, self._new(work) if status == 0 else None
+
+    def cuGraphInstantiate(self, graph: int, flags: int) -> tuple[CUresult, int | None]:  # noqa: N802
+        status = self._status("cuGraphInstantiate")
+        return status, self._new(self._work[graph]) if status == 0 else None
+
+    def cuGraphLaunch(self, executable: int, stream: int) -> tuple[CUresult]:  # noqa: N802
+        assert executable in self.graphs
+        self.launches += 1
+        for work in self._work[executable]:
+            Stream.known[stream].put(work)
+        return (self._status("cuGraphLaunch"),)
+
+    def cuGraphDestroy(self, graph: int) -> tuple[CUresult]:  # noqa: N802
+        self.graphs.remove(graph)
+        return (self.CUresult.CUDA_SUCCESS,)
+
+    cuGraphExecDestroy = cuGraphDestroy  # noqa: N815
+
+
+class Strategy(enum.Enum):
+    """`ExecutionContextAllocationStrategy`."""
+
+    STATIC = 0
+    USER_MANAGED = 2
+
+
+class Engine:
+    """`ICudaEngine` of an ONNX model."""
+
+    device_memory_size_v2 = 1000
+
+    def __init__(self, trt: TensorRT) -> None:
+        self._trt = trt
+        self._specs = [*trt.model.inputs, *trt.model.outputs]
+        self.num_io_tensors = len(self._specs)
+
+    def get_tensor_name(self, index: int) -> str:
+        return self._specs[index].name
+
+    def get_tensor_mode(self, name: str) -> str:
+        inputs = [spec.name for spec in self._trt.model.inputs]
+        return self._trt.TensorIOMode.INPUT if name in inputs else "OUTPUT"
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
+        return types.SimpleNamespace(name=names[self._spec(name).dtype])
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else -1 for size in self._spec(name).shape)
+
+    def create_runtime_config(self) -> Any:
+        config = types.SimpleNamespace(strategy=Strategy.STATIC, cuda_graph_strategy=None)
+        config.set_execution_context_allocation_strategy = lambda value: setattr(config, "strategy", value)
+        return config
+
+    def create_execution_context(self, options: Any = Strategy.STATIC) -> Context:
+        strategy = options if isinstance(options, Strategy) else options.strategy
+        graphs = getattr(options, "cuda_graph_strategy", None)
+        self._trt.contexts.append(graphs)
+        return Context(self._trt, self, needs_workspace=strategy is Strategy.USER_MANAGED)
+
+    def _spec(self, name: str) -> Any:
+        return next(spec for spec in self._specs if spec.name == name)
+
+
+class Context:
+    """`IExecutionContext`."""
+
+    def __init__(self, trt: TensorRT, engine: Engine, *, needs_workspace: bool) -> None:
+        self._trt, self._engine = trt, engine
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self._workspace: tuple[int, int] | None = None
+        self._needs_workspace = needs_workspace
+        self._changes = 0
+        self._runs = 0
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert memory % 256 == 0
+        assert size >= self._engine.device_memory_size_v2
+        self._workspace = memory, size
+        self._changes += 1
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        profile = self._trt.profiles[name]
+        self._shapes[name] = shape
+        self._changes += 1
+        bounds = zip(profile.smallest, shape, profile.largest, strict=True)
+        return all(low <= size <= high for low, size, high in bounds)
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self._addresses[name] = address
+        self._changes += 1
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        if name in self._trt.unknown_shapes:
+            return (-1, 1)
+        rows = next(iter(self._shapes.values()))[0]
+        return (rows, *self._engine.get_tensor_shape(name)[1:])
+
+    def execute_async_v3(self, stream: int) -> bool:
+        capturing = Stream.known[stream].captured is not None
+        if self._trt.refuses(capturing):
+            return False
+        assert self._runs > 0 or not capturing, "captured before its first run"
+        self._runs += 1
+        context, changes, shapes, addresses = (
+            weakref.ref(self),
+            self._changes,
+            dict(self._shapes),
+            dict(self._addresses),
+        )
+        trt, workspace = self._trt, self._workspace
+
+        def work() -> None:
+            alive = context()
+            assert alive is not None, "the context is gone"
+            assert alive._changes == changes or not capturing, "the context has changed since the capture"
+            if alive._needs_workspace:
+                assert workspace is not None, "no device memory was set"
+                trt.cuda.memory.at(*workspace)
+            feeds = {
+                spec.name: trt.read(addresses[spec.name], shapes[spec.name], spec.dtype)
+                for spec in trt.model.inputs
+            }
+            for name, y in trt.model.run(feeds).items():
+                trt.cuda.memory.at(addresses[name], y.nbytes)[:] = y.reshape(-1).view(np.uint8)
+
+        Stream.known[stream].put(work)
+        return True
+
+
+class TensorRT(types.ModuleType):
+    """`tensorrt`, or `tensorrt_rtx`.
+
+    Attributes:
+        contexts: The graph strategy of every execution context so far.
+        unknown_shapes: Outputs whose shapes the engine does not know.
+        refuses: Called with whether a run is captured, returns whether it fails.
+    """
+
+    __version__ = "10.14.1"
+    ExecutionContextAllocationStrategy = Strategy
+    ILogger = type("ILogger", (), {})
+    TensorIOMode = types.SimpleNamespace(INPUT="INPUT")
+    CudaGraphStrategy = types.SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
+
+    def __init__(self, name: str, cuda: Cuda, model: Path, profiles: Mapping[str, Profile]) -> None:
+        super().__init__(name)
+        self.cuda, self.model, self.profiles = cuda, lmkan_deploy.load_runner(model), profiles
+        self.contexts: list[Any] = []
+        self.unknown_shapes: set[str] = set()
+        self.refuses: Callable[[bool], bool] = lambda _: False
+
+    def Runtime(self, log: Any) -> Any:  # noqa: N802
+        return types.SimpleNamespace(deserialize_cuda_engine=lambda _: Engine(self))
+
+    def read(self, address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        kind = numpy_dtype(dtype)
+        size = int(np.prod(shape)) * kind.itemsize
+        return self.cuda.memory.at(address, size).copy().view(kind).reshape(shape)
+
+
+@contextlib.contextmanager
+def emulated_gpu(runtime: str, model: Path, profiles: Mapping[str, Profile]) -> Any:
+    """Puts the stand-ins in place. Yields TensorRT and the driver."""
+    cuda, driver = Cuda(), Driver()
+    trt = TensorRT(runtime.replace("-", "_"), cuda, model, profiles)
+    pycuda, bindings = types.ModuleType("pycuda"), types.ModuleType("cuda.bindings")
+    pycuda.driver = cuda  # type: ignore[attr-defined]
+    bindings.driver = driver  # type: ignore[attr-defined]
+    modules = {trt.__name__: trt, "pycuda": pycuda, "pycuda.driver": cuda, "cuda.bindings": bindings,
+               "cuda.bindings.driver": driver}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(__import__("sys").modules, name, module)
+        patch.setattr(engine_runner, "compute_capability", lambda _: COMPUTE_CAPABILITY)
+        yield trt, driver

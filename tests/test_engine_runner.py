@@ -1,0 +1,326 @@
+"""The runner of engines: on an emulated GPU for what happens between Python and TensorRT, and on a real one."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import lmkan_deploy
+from emulated_gpu import COMPUTE_CAPABILITY, emulated_gpu
+from lmkan_deploy import cli as command_line
+from lmkan_deploy.engines.build import build_engine
+from lmkan_deploy.engines.device import compute_capability
+from lmkan_deploy.engines.lane import MAX_GRAPHS
+from lmkan_deploy.engines.manifest import Manifest, manifest_path
+from lmkan_deploy.engines.profiles import Profile
+from lmkan_deploy.engines.runner import EngineRunner
+from lmkan_deploy.errors import EngineError, InputError, LibraryError, ModelError
+from lmkan_deploy.serving.batching import BatchingOptions
+from lmkan_deploy.serving.metrics import Metrics
+from lmkan_deploy.serving.models import ModelStore
+from lmkan_deploy.staging import file_sha256
+from networks import ExportedStack
+
+LARGEST = 64
+
+
+@pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
+def gpu(request: pytest.FixtureRequest, stack: ExportedStack, tmp_path: Path) -> Iterator[SimpleNamespace]:
+    """A GPU with an engine on it."""
+    path = tmp_path / "m.engine"
+    path.write_bytes(b"engine")
+    profiles = {"x": Profile((1, 10), (8, 10), (LARGEST, 10))}
+    manifest = Manifest(
+        runtime=request.param,
+        runtime_version="10.14.1",
+        cuda_version=13000,
+        compute_capability=COMPUTE_CAPABILITY,
+        plugin_sha256=None,
+        model="model.onnx",
+        model_sha256="0" * 64,
+        engine_sha256=file_sha256(path),
+        profiles=profiles,
+        lookup_layers=2,
+    )
+    manifest_path(path).write_text(json.dumps(manifest.to_json()))
+    with emulated_gpu(request.param, stack.onnx, profiles) as (trt, driver):
+        yield SimpleNamespace(
+            path=path, trt=trt, driver=driver, memory=trt.cuda.memory, runtime=request.param, model=trt.model
+        )
+
+
+def rows(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, count]).standard_normal((count, 10)).astype(np.float32)
+
+
+def check(runner: lmkan_deploy.Runner, model: lmkan_deploy.Runner, x: np.ndarray, rtol: float = 1e-6) -> None:
+    expected = model.run({"x": x})["y"]
+    y = runner.run({"x": x})["y"]
+    assert (y.shape, y.dtype) == (expected.shape, expected.dtype)
+    np.testing.assert_allclose(y, expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_values(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
+    runner = lmkan_deploy.load_runner(gpu.path, cuda_graphs=cuda_graphs)
+    assert (runner.name, [str(s) for s in runner.inputs]) == (gpu.runtime, ["x float32[batch, 10]"])
+    # Smaller batches after larger ones; shapes that come back with other values; batches that are split.
+    for seed, count in enumerate([7, 64, 1, 7, 7, 63, 65, 200, 64, 0, 1]):
+        check(runner, gpu.model, rows(count, seed))
+    check(runner, gpu.model, np.asfortranarray(rows(9)))
+    with pytest.raises(InputError, match=r"expected input x float32\[batch, 10\]"):
+        runner.run({"x": rows(3)[:, :9]})
+
+
+def test_graphs_are_launched_from_the_second_run_of_a_shape(gpu: SimpleNamespace) -> None:
+    runner = lmkan_deploy.load_runner(gpu.path, cuda_graphs=True)
+    for count in (4, 5, 4, 5, 4):
+        check(runner, gpu.model, rows(count))
+    captures = gpu.runtime == "tensorrt"
+    assert gpu.trt.contexts == [None if captures else "whole graph"] * 2
+    assert len(gpu.driver.graphs) == (2 if captures else 0)
+    if captures:
+        # Launches alone: TensorRT would refuse a run now.
+        gpu.trt.refuses = lambda _: True
+        check(runner, gpu.model, rows(5, seed=1))
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_memory_stays_bounded(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
+    runner = lmkan_deploy.load_runner(gpu.path, cuda_graphs=cuda_graphs)
+    for repetition in range(2):
+        for count in range(1, MAX_GRAPHS + 6):
+            check(runner, gpu.model, rows(count, repetition))
+    # The input and the output of each shape, and what the contexts share.
+    assert gpu.memory.allocations == (2 * MAX_GRAPHS + 1 if cuda_graphs else 2)
+    assert len(gpu.driver.graphs) == (MAX_GRAPHS if cuda_graphs and gpu.runtime == "tensorrt" else 0)
+    del runner
+    gc.collect()
+    assert (gpu.memory.allocations, gpu.driver.graphs) == (0, set())
+
+
+@pytest.mark.parametrize("gpu", ["tensorrt"], indirect=True)
+def test_the_shape_that_was_not_used_for_longest_makes_room(gpu: SimpleNamespace) -> None:
+    runner = lmkan_deploy.load_runner(gpu.path, cuda_graphs=True)
+
+    def made(count: int) -> bool:
+        before = len(gpu.trt.contexts)
+        check(runner, gpu.model, rows(count))
+        return len(gpu.trt.contexts) > before
+
+    assert all(made(count) for count in range(1, MAX_GRAPHS + 1))
+    assert not made(1)
+    assert made(MAX_GRAPHS + 1)  # in the place of 2
+    assert not made(1)
+    assert not made(3)
+    assert not made(MAX_GRAPHS + 1)
+    assert made(2)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_threads_share_nothing(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
+    runner = lmkan_deploy.load_runner(gpu.path, cuda_graphs=cuda_graphs)
+    barrier = threading.Barrier(4)
+
+    def work(thread: int) -> None:
+        barrier.wait()
+        for step in range(30):
+            check(runner, gpu.model, rows(1 + (step + thread) % 5, thread))
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(work, thread) for thread in range(4)]:
+            future.result()
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_tensors_on_the_device(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
+    runner = EngineRunner(gpu.path, cuda_graphs=cuda_graphs)
+    held = []
+    for seed in range(3):
+        x = rows(6, seed)
+        tensor = on_device(gpu, x)
+        y = runner.run_on_device({"x": tensor})["y"]
+        address = y.__cuda_array_interface__["data"][0]
+        held.append((x, y))
+        assert (y.shape, y.dtype) == ((6, 7), "float32")
+        np.testing.assert_array_equal(gpu.trt.read(address, y.shape, y.dtype), gpu.model.run({"x": x})["y"])
+    # What was handed out is the caller's: later runs leave it alone.
+    for x, y in held:
+        address = y.__cuda_array_interface__["data"][0]
+        np.testing.assert_array_equal(gpu.trt.read(address, y.shape, y.dtype), gpu.model.run({"x": x})["y"])
+
+
+def on_device(gpu: SimpleNamespace, x: np.ndarray, **changes: Any) -> SimpleNamespace:
+    memory = gpu.memory.allocate(max(x.nbytes, 1))
+    gpu.memory.at(int(memory), x.nbytes)[:] = x.reshape(-1).view(np.uint8)
+    interface = {"shape": x.shape, "typestr": x.dtype.str, "data": (int(memory), False), "version": 3}
+    return SimpleNamespace(memory=memory, __cuda_array_interface__=interface | changes)
+
+
+def test_bad_tensors_on_the_device(gpu: SimpleNamespace) -> None:
+    runner = EngineRunner(gpu.path)
+    for tensor, message in [
+        (rows(3), "expected a tensor on the GPU for input x"),
+        (on_device(gpu, rows(3), strides=(4, 12)), "expected a contiguous tensor"),
+        (on_device(gpu, rows(3).astype(np.float64)), "found elements of type <f8"),
+        (on_device(gpu, rows(3)[:, :9]), "found shape|from 1x10 to 64x10"),
+        (on_device(gpu, rows(65)), "expected 1 to 64 rows on the GPU, found 65; split the batch"),
+        (on_device(gpu, rows(0)), "expected 1 to 64 rows on the GPU, found 0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            runner.run_on_device({"x": tensor})
+
+
+# --- Failures ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_failing_run(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
+    runner = lmkan_deploy.load_runner(gpu.path, cuda_graphs=cuda_graphs)
+    gpu.trt.refuses = lambda _: True
+    with pytest.raises(InputError, match="TensorRT could not run the engine: no reason was given"):
+        runner.run({"x": rows(3)})
+    gpu.trt.refuses = lambda _: False
+    check(runner, gpu.model, rows(3))
+
+
+@pytest.mark.parametrize("gpu", ["tensorrt"], indirect=True)
+@pytest.mark.parametrize(
+    "failing",
+    ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphLaunch", "enqueue"],
+)
+def test_a_failing_graph(failing: str, gpu: SimpleNamespace) -> None:
+    runner = lmkan_deploy.load_runner(gpu.path, cuda_graphs=True)
+    gpu.driver.failing = {failing}
+    gpu.trt.refuses = lambda capturing: capturing and failing == "enqueue"
+    expected = InputError if failing == "enqueue" else EngineError
+    message = "could not run" if failing == "enqueue" else (
+        f"a CUDA graph, but {failing} gave CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED; leave CUDA graphs out"
+    )  # fmt: skip
+    if failing == "cuGraphLaunch":
+        runner.run({"x": rows(3)})  # captures; the next one launches
+    with pytest.raises(expected, match=message):
+        runner.run({"x": rows(3)})
+    gpu.driver.failing, gpu.trt.refuses = set(), lambda _: False
+    for seed in range(3):
+        check(runner, gpu.model, rows(3, seed))
+    assert len(gpu.driver.graphs) == 1
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_outputs_of_unknown_shapes(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
+    runner = lmkan_deploy.load_runner(gpu.path, cuda_graphs=cuda_graphs)
+    gpu.trt.unknown_shapes = {"y"}
+    with pytest.raises(EngineError, match=r"follow from those of the inputs, found y \[-1, 1\]"):
+        runner.run({"x": rows(3)})
+
+
+def test_the_server_uses_graphs_for_engines_alone(gpu: SimpleNamespace, stack: ExportedStack) -> None:
+    sources = {"engine": gpu.path, "onnx": stack.onnx}
+
+    async def load() -> None:
+        store = ModelStore(sources, options=BatchingOptions(), metrics=Metrics(), cuda_graphs=True)
+        for name in sources:
+            await store.load(name)
+        await store.close()
+
+    asyncio.run(load())
+    # It was tried on one row and on a full batch, which the engine takes in parts.
+    whole = None if gpu.runtime == "tensorrt" else "whole graph"
+    assert gpu.trt.contexts == [whole, whole]
+
+
+@pytest.mark.parametrize("gpu", ["tensorrt"], indirect=True)
+@pytest.mark.parametrize("option", [[], ["--cuda-graphs"]])
+def test_the_option(option: list[str], gpu: SimpleNamespace, stack: ExportedStack, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.concatenate([rows(LARGEST), rows(LARGEST)]))
+    for arguments in (
+        ["run", gpu.path, "-i", tmp_path / "x.npy", "-o", tmp_path / "y.npy"],
+        ["verify", gpu.path, "--reference", stack.onnx, "--batch", str(2 * LARGEST)],
+    ):
+        gpu.driver.launches = 0
+        result = CliRunner().invoke(command_line.app, [*map(str, arguments), *option], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        assert (gpu.driver.launches > 0) == bool(option)
+
+
+def test_graphs_need_an_engine(stack: ExportedStack) -> None:
+    with pytest.raises(ModelError, match="expected an engine with CUDA graphs, found .*model.onnx"):
+        lmkan_deploy.load_runner(stack.onnx, cuda_graphs=True)
+
+
+@pytest.mark.parametrize("gpu", ["tensorrt"], indirect=True)
+def test_graphs_need_the_bindings(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "cuda.bindings")
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(LibraryError, match="expected cuda-bindings for CUDA graphs.*install it"):
+        lmkan_deploy.load_runner(gpu.path, cuda_graphs=True)
+    check(lmkan_deploy.load_runner(gpu.path), gpu.model, rows(3))
+
+
+# --- NVIDIA's bindings -------------------------------------------------------------------------------
+
+
+def test_nvidias_bindings_take_the_calls(tmp_path: Path) -> None:
+    """The real `cuda.bindings`, with a driver that writes down what it is asked."""
+    source = Path(__file__).parent / "cuda_driver.c"
+    command = ["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", source]
+    subprocess.run(command, check=True)
+    program = (
+        "from lmkan_deploy.engines.cuda_graph import CudaGraph\n"
+        "graph = CudaGraph(0x1234, lambda: print('enqueue', flush=True))\n"
+        "graph.launch(0x1234)\n"
+        "graph.launch(0x5678)\n"
+        "del graph\n"
+        "try: CudaGraph(0xBAD, lambda: None)\n"
+        "except Exception as error: print(type(error).__name__, error, flush=True)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"LD_LIBRARY_PATH": str(tmp_path), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout.splitlines() == [
+        "cuStreamBeginCapture 0x1234 1",
+        "enqueue",
+        "cuStreamEndCapture 0x1234",
+        "cuGraphInstantiate 0xa 0",
+        "cuGraphDestroy 0xa",
+        "cuGraphLaunch 0xb 0x1234",
+        "cuGraphLaunch 0xb 0x5678",
+        "cuGraphExecDestroy 0xb",
+        "cuStreamBeginCapture 0xbad 1",
+        "EngineError expected the engine to run as a CUDA graph, but cuStreamBeginCapture gave "
+        "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED; leave CUDA graphs out",
+    ], result.stderr
+
+
+# --- On a GPU ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(compute_capability() is None, reason="needs a GPU")
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
+def test_on_a_gpu(runtime: Any, cuda_graphs: bool, stack: ExportedStack, tmp_path: Path) -> None:
+    pytest.importorskip(runtime.replace("-", "_"))
+    pytest.importorskip("pycuda")
+    build_engine(stack.onnx, tmp_path / "m.engine", runtime=runtime, shapes=["x:1x10,8x10,64x10"])
+    runner = lmkan_deploy.load_runner(tmp_path / "m.engine", cuda_graphs=cuda_graphs)
+    model = lmkan_deploy.load_runner(stack.onnx)
+    for seed, count in enumerate([7, 64, 1, 7, 7, 63, 65, 200, 64, 0, 1]):
+        check(runner, model, rows(count, seed), rtol=1e-4)
