@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,17 @@ import numpy as np
 
 
 class Served:
-    """`lmkan-deploy serve` on free ports."""
+    """`lmkan-deploy serve` on free ports; `program` is what follows `python -m`."""
 
-    def __init__(self, *arguments: object, tls: bool = False, **environment: str) -> None:
-        command = [sys.executable, "-m", "lmkan_deploy.cli", "serve", "--http-port", "0", "--grpc-port", "0"]
+    def __init__(
+        self,
+        *arguments: object,
+        tls: bool = False,
+        program: Sequence[object] = ("lmkan_deploy.cli",),
+        **environment: str,
+    ) -> None:
+        ports = ["--http-port", "0", "--grpc-port", "0"]
+        command = [sys.executable, "-m", *map(str, program), "serve", *ports]
         self.process = subprocess.Popen(
             [*command, *map(str, arguments)],
             stderr=subprocess.PIPE,

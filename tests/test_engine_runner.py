@@ -33,6 +33,7 @@ from lmkan_deploy.serving.metrics import Metrics
 from lmkan_deploy.serving.models import ModelStore
 from lmkan_deploy.staging import file_sha256
 from networks import ExportedStack
+from served import Served
 
 LARGEST = 64
 
@@ -241,6 +242,20 @@ def test_the_server_uses_graphs_for_engines_alone(gpu: SimpleNamespace, stack: E
     # It was tried on one row and on a full batch, which the engine takes in parts.
     whole = None if gpu.runtime == "tensorrt" else "whole graph"
     assert gpu.trt.contexts == [whole, whole]
+
+
+@pytest.mark.parametrize("gpu", ["tensorrt"], indirect=True)
+@pytest.mark.parametrize("option", [[], ["--cuda-graphs"]])
+def test_serving(option: list[str], gpu: SimpleNamespace, stack: ExportedStack) -> None:
+    program = ("emulated_cli", stack.onnx, LARGEST)
+    with Served(gpu.path, *option, program=program, PYTHONPATH=str(Path(__file__).parent)) as served:
+        for seed in range(4):
+            x = rows(3, seed)
+            expected = gpu.model.run({"x": x})["y"]
+            np.testing.assert_allclose(served.infer("m", x), expected, rtol=1e-5, atol=1e-6)
+        assert served.stop() == 0
+    served.wait_for(lambda: "graph launches: " in served.log)
+    assert ("graph launches: 0\n" not in served.log) == bool(option), served.log
 
 
 @pytest.mark.parametrize("gpu", ["tensorrt"], indirect=True)

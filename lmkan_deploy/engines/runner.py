@@ -54,8 +54,8 @@ class EngineRunner:
     ) -> None:
         manifest = read_manifest(path)
         runtime: EngineRuntime = manifest.runtime  # type: ignore[assignment]
-        self._trt = trt = import_tensorrt(runtime)
-        self._log = make_log(trt)
+        trt = import_tensorrt(runtime)
+        log = make_log(trt)
         library = find_plugin(trt, plugin) if manifest.plugin_sha256 is not None else None
         check_manifest(
             path,
@@ -65,16 +65,16 @@ class EngineRunner:
             plugin=library,
         )
         if library is not None:
-            load_plugin(trt, self._log, library)
+            load_plugin(trt, log, library)
         cuda = _import_pycuda()
         if cuda_graphs and runtime == "tensorrt":
             import_driver()
         self._device_context = cuda.Device(device).retain_primary_context()
         self._profiles = manifest.profiles
         with self._on_device():
-            self._engine = trt.Runtime(self._log).deserialize_cuda_engine(path.read_bytes())
+            self._engine = trt.Runtime(log).deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
-            raise EngineError(f"{runtime} could not open {path}: {last_errors(self._log)}")
+            raise EngineError(f"{runtime} could not open {path}: {last_errors(log)}")
         self.name = runtime
         specs = {True: [], False: []}  # type: dict[bool, list[TensorSpec]]
         for index in range(self._engine.num_io_tensors):
@@ -82,7 +82,7 @@ class EngineRunner:
             is_input = self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
             specs[is_input].append(self._spec(name))
         self.inputs, self.outputs = specs[True], specs[False]
-        self._loaded = LoadedEngine(runtime, trt, cuda, self._engine, self._log, self.inputs, self.outputs)
+        self._loaded = LoadedEngine(runtime, trt, cuda, self._engine, log, self.inputs, self.outputs)
         self._new_lane = GraphLane if cuda_graphs else Lane
         self._threads = threading.local()
 
