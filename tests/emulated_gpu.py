@@ -36,23 +36,24 @@ class Memory:
         self._blocks: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
-    def allocate(self, size: int) -> Allocation:
+    def allocate(self, size: int, is_current: Callable[[], bool] = lambda: True) -> Allocation:
         assert size > 0, "the driver refuses to allocate nothing"
         with self._lock:
             address = self._next
             self._next += -(-size // 256) * 256 + 4096  # so that no overrun hits a neighbour
             self._blocks[address] = np.full(size, 0xFF, np.uint8)
-        return Allocation(self, address)
+        return Allocation(self, address, is_current)
 
     def free(self, address: int) -> None:
         with self._lock:
             del self._blocks[address]
 
     def at(self, address: int, size: int) -> np.ndarray:
-        block = self._blocks.get(address)
+        blocks = list(self._blocks.items())
+        first, block = next(((b, block) for b, block in blocks if b <= address < b + block.nbytes), (0, None))
         assert block is not None, "access to memory that was freed or never allocated"
-        assert size <= block.nbytes, "access beyond an allocation"
-        return block[:size]
+        assert address + size <= first + block.nbytes, "access beyond an allocation"
+        return block[address - first :][:size]
 
     @property
     def allocations(self) -> int:
@@ -60,18 +61,23 @@ class Memory:
 
 
 class Allocation:
-    """pycuda's `DeviceAllocation`: freed with its last reference."""
+    """pycuda's `DeviceAllocation`: freed with its last reference, where that is dropped with the GPU current."""
 
-    def __init__(self, memory: Memory, address: int) -> None:
+    def __init__(self, memory: Memory, address: int, is_current: Callable[[], bool]) -> None:
         self._address = address
-        weakref.finalize(self, memory.free, address).atexit = False
+
+        def free() -> None:
+            if is_current():
+                memory.free(address)
+
+        weakref.finalize(self, free).atexit = False
 
     def __int__(self) -> int:
         return self._address
 
 
 class Stream:
-    """A stream: a queue that runs when somebody waits for it."""
+    """A stream: a queue that runs when somebody waits for it. Until then it is one thread's."""
 
     known: ClassVar[weakref.WeakValueDictionary[int, Stream]] = weakref.WeakValueDictionary()
 
@@ -79,11 +85,13 @@ class Stream:
         self.handle = id(self)
         self.captured: list[Work] | None = None
         self._queue: list[Work] = []
-        self._thread = threading.get_ident()
+        self._owner: int | None = None
         Stream.known[self.handle] = self
 
     def put(self, work: Work) -> None:
-        assert threading.get_ident() == self._thread, "a stream of another thread"
+        thread = threading.get_ident()
+        assert self._owner in (None, thread), "a stream that another thread uses"
+        self._owner = thread
         (self._queue if self.captured is None else self.captured).append(work)
 
     def synchronize(self) -> None:
@@ -91,16 +99,22 @@ class Stream:
         queue, self._queue = self._queue, []
         for work in queue:
             work()
+        self._owner = None
 
 
 class Cuda(types.ModuleType):
-    """`pycuda.driver`."""
+    """`pycuda.driver`, which has memory for `capacity` allocations."""
 
-    Error = RuntimeError
+    class Error(Exception):
+        pass
+
+    class MemoryError(Error):
+        pass
 
     def __init__(self) -> None:
         super().__init__("pycuda.driver")
         self.memory = Memory()
+        self.capacity: float = float("inf")
         self._current = threading.local()
         self.Stream = Stream
 
@@ -115,8 +129,16 @@ class Cuda(types.ModuleType):
         return types.SimpleNamespace(retain_primary_context=lambda: context)
 
     def mem_alloc(self, size: int) -> Allocation:
-        assert getattr(self._current, "depth", 0) == 1, "no context is current"
-        return self.memory.allocate(size)
+        assert self._is_current(), "no context is current"
+        if self.memory.allocations >= self.capacity:
+            raise self.MemoryError("cuMemAlloc failed: out of memory")
+        return self.memory.allocate(size, self._is_current)
+
+    def _is_current(self) -> bool:
+        return getattr(self._current, "depth", 0) > 0
+
+    def memset_d8_async(self, dest: int, data: int, count: int, stream: Stream) -> None:
+        stream.put(lambda: self.memory.at(dest, count).fill(data))
 
     def memcpy_htod_async(self, dest: Any, src: np.ndarray, stream: Stream) -> None:
         assert src.dtype == np.uint8

@@ -8,8 +8,9 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,7 @@ from networks import ExportedStack
 from served import Served
 
 LARGEST = 64
+PADDED_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 @pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
@@ -146,6 +148,60 @@ def test_threads_share_nothing(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
             future.result()
 
 
+def in_a_thread(work: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_thread_goes_on_with_what_another_one_made(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
+    runner = in_a_thread(lambda: lmkan_deploy.load_runner(gpu.path, cuda_graphs=cuda_graphs))
+    held = [runner]
+    for seed in range(3):
+        in_a_thread(partial(check, runner, gpu.model, rows(5, seed)))
+    check(runner, gpu.model, rows(5, 3))
+    assert len(gpu.trt.contexts) == 1
+    del runner
+    in_a_thread(held.clear)
+    assert (gpu.memory.allocations, gpu.driver.graphs) == (0, set())
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_padded_batches(cuda_graphs: bool, gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[np.ndarray] = []
+    run = gpu.trt.model.run
+    runner = EngineRunner(gpu.path, cuda_graphs=cuda_graphs, pad_batches=True)
+    assert runner.batch_sizes == PADDED_SIZES
+    for count in (64, 33, 5, 5, 1, 0, 64, 65, 133, 7, 63):
+        ran.clear()
+        monkeypatch.setattr(gpu.trt.model, "run", lambda feeds: ran.append(feeds["x"]) or run(feeds))
+        x = rows(count)
+        y = runner.run({"x": x})["y"]
+        monkeypatch.undo()
+        np.testing.assert_allclose(y, run({"x": x})["y"], rtol=1e-5, atol=1e-6)
+        # The rows in their order, and zeros behind them, whatever ran before.
+        assert {len(part) for part in ran} <= set(PADDED_SIZES)
+        joined = np.concatenate([x[:0], *ran])
+        np.testing.assert_array_equal(joined[:count], x)
+        assert not joined[count:].any()
+        assert len(joined) - count < max(count / 2, 2)
+    if cuda_graphs:
+        for count in range(1, 4 * LARGEST):
+            runner.run({"x": rows(count)})
+        assert len(gpu.trt.contexts) == len(PADDED_SIZES)
+
+
+def test_batches_below_the_profile_are_padded(gpu: SimpleNamespace) -> None:
+    manifest = json.loads(manifest_path(gpu.path).read_text())
+    manifest["profiles"]["x"]["smallest"] = [5, 10]
+    manifest_path(gpu.path).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="expected batches of 5 to 64 rows"):
+        EngineRunner(gpu.path).run({"x": rows(3)})
+    runner = EngineRunner(gpu.path, pad_batches=True)
+    assert runner.batch_sizes == (5, *PADDED_SIZES[4:])
+    check(runner, gpu.model, rows(3), rtol=1e-5)
+
+
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_tensors_on_the_device(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
     runner = EngineRunner(gpu.path, cuda_graphs=cuda_graphs)
@@ -162,6 +218,10 @@ def test_tensors_on_the_device(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
     for x, y in held:
         address = y.__cuda_array_interface__["data"][0]
         np.testing.assert_array_equal(gpu.trt.read(address, y.shape, y.dtype), gpu.model.run({"x": x})["y"])
+    # Wherever it is dropped.
+    del runner, tensor, y
+    in_a_thread(held.clear)
+    assert gpu.memory.allocations == 0
 
 
 def on_device(gpu: SimpleNamespace, x: np.ndarray, **changes: Any) -> SimpleNamespace:
@@ -196,6 +256,23 @@ def test_a_failing_run(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
         runner.run({"x": rows(3)})
     gpu.trt.refuses = lambda _: False
     check(runner, gpu.model, rows(3))
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_full_gpu(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
+    runner = lmkan_deploy.load_runner(gpu.path, cuda_graphs=cuda_graphs)
+    check(runner, gpu.model, rows(3))
+    gpu.trt.cuda.capacity = gpu.memory.allocations + cuda_graphs  # of a graph for its input, not its output
+    with pytest.raises(
+        EngineError, match="expected more free memory on the GPU: cuMemAlloc failed.*; run small"
+    ):
+        runner.run({"x": rows(4)})
+    # What failed holds nothing.
+    check(runner, gpu.model, rows(3))
+    check(runner, gpu.model, rows(3, 1))
+    del runner
+    gc.collect()
+    assert gpu.memory.allocations == 0
 
 
 @pytest.mark.parametrize("gpu", ["tensorrt"], indirect=True)
@@ -239,9 +316,9 @@ def test_the_server_uses_graphs_for_engines_alone(gpu: SimpleNamespace, stack: E
         await store.close()
 
     asyncio.run(load())
-    # It was tried on one row and on a full batch, which the engine takes in parts.
+    # It was tried on every size that batches are padded to.
     whole = None if gpu.runtime == "tensorrt" else "whole graph"
-    assert gpu.trt.contexts == [whole, whole]
+    assert gpu.trt.contexts == [whole] * len(PADDED_SIZES)
 
 
 @pytest.mark.parametrize("gpu", ["tensorrt"], indirect=True)
@@ -270,6 +347,11 @@ def test_the_option(option: list[str], gpu: SimpleNamespace, stack: ExportedStac
         result = CliRunner().invoke(command_line.app, [*map(str, arguments), *option], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         assert (gpu.driver.launches > 0) == bool(option)
+
+
+def test_padding_needs_an_engine(stack: ExportedStack) -> None:
+    with pytest.raises(ModelError, match="expected an engine with padded batches, found .*model.onnx"):
+        lmkan_deploy.load_runner(stack.onnx, pad_batches=True)
 
 
 def test_graphs_need_an_engine(stack: ExportedStack) -> None:

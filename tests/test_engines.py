@@ -12,7 +12,7 @@ import pytest
 import tensorrt_rtx
 
 import lmkan_deploy
-from lmkan_deploy.engines.batches import split_batch
+from lmkan_deploy.engines.batches import Padded, Part, padded_sizes, split_batch
 from lmkan_deploy.engines.build import build_engine
 from lmkan_deploy.engines.device import compute_capability
 from lmkan_deploy.engines.manifest import Manifest, check_manifest, manifest_path, read_manifest
@@ -253,10 +253,36 @@ OUTPUT = [TensorSpec("y", ("batch", 1), "float32")]
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 100])
 def test_batches_are_split(rows: int) -> None:
     profiles = {"x": Profile((1, 12), (8, 12), (16, 12))}
-    parts = list(split_batch(BATCH, OUTPUT, profiles, {"x": (rows, 12)}))
+    parts = [part.rows for part in split_batch(BATCH, OUTPUT, profiles, {"x": (rows, 12)})]
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(rows))
     assert len(parts) == -(-rows // 16)
     assert all(part.stop - part.start <= 16 for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "count", "sizes"),
+    [
+        (1, 1, 32, (1,)),
+        (1, 2, 32, (1, 2)),
+        (1, 16, 32, (1, 2, 3, 4, 6, 8, 12, 16)),
+        (1, 16, 7, (1, 2, 4, 8, 16)),
+        (5, 100, 32, (5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 100)),
+        (64, 64, 32, (64,)),
+        (1, 2**24, 32, tuple(2**bit for bit in range(25))),
+    ],
+)
+def test_padded_sizes(least: int, most: int, count: int, sizes: tuple[int, ...]) -> None:
+    assert padded_sizes(BATCH, {"x": Profile((least, 12), (least, 12), (most, 12))}, count) == sizes
+
+
+def test_batches_are_padded() -> None:
+    profiles = {"x": Profile((1, 12), (1, 12), (16, 12))}
+    found = list(split_batch(BATCH, OUTPUT, profiles, {"x": (37, 12)}, (4, 8, 16)))
+    assert found == [Part(slice(0, 16)), Part(slice(16, 32)), Part(slice(32, 37), Padded(5, 8))]
+    assert list(split_batch(BATCH, OUTPUT, profiles, {"x": (0, 12)}, (4, 16))) == []
+    # Rows that depend on each other run as they are.
+    whole = [TensorSpec("y", (1,), "float32")]
+    assert list(split_batch(BATCH, whole, profiles, {"x": (5, 12)}, (8, 16))) == [Part(slice(None))]
 
 
 def test_batches_that_cannot_be_split() -> None:

@@ -1,12 +1,62 @@
-"""Splits a batch that is larger than an engine's profile allows."""
+"""Fits batches to an engine: splits those beyond its profile, and pads them to few sizes."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from lmkan_deploy.engines.profiles import Profile, Shape
 from lmkan_deploy.errors import InputError
 from lmkan_deploy.runtime.tensors import TensorSpec
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Rows that are run as a larger batch.
+
+    Attributes:
+        rows: How many there are.
+        to: How many the engine runs: zeros stand behind the rows, and what comes out for them is left out.
+    """
+
+    rows: int
+    to: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What runs at a time.
+
+    Attributes:
+        rows: The rows of the batch.
+        padded: Whether it runs as a larger one.
+    """
+
+    rows: slice
+    padded: Padded | None = None
+
+
+def rows_are_free(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
+    """Whether a batch may be cut, as far as shapes tell: every tensor leads with the same free axis."""
+    axes = {spec.shape[0] if spec.shape else 0 for spec in (*inputs, *outputs)}
+    return len(axes) == 1 and isinstance(next(iter(axes)), str)
+
+
+def padded_sizes(
+    inputs: Sequence[TensorSpec], profiles: Mapping[str, Profile], count: int
+) -> tuple[int, ...]:
+    """Sizes to pad batches to: the smallest and the largest one of the profiles, and between them powers of two
+    and the middle of every two, or powers of two alone where that would be more than `count`.
+    """
+    least, most = _bounds(inputs, profiles)
+    powers = [1 << bit for bit in range(most.bit_length())]
+    middles = [3 * power // 2 for power in powers[1:]]
+    for ladder in (powers + middles, powers):
+        sizes = sorted({least, most, *(size for size in ladder if least < size < most)})
+        if len(sizes) <= count:
+            break
+    return tuple(sizes)
 
 
 def split_batch(
@@ -14,26 +64,27 @@ def split_batch(
     outputs: Sequence[TensorSpec],
     profiles: Mapping[str, Profile],
     shapes: Mapping[str, Shape],
-) -> Iterator[slice]:
+    sizes: Sequence[int] | None = None,
+) -> Iterator[Part]:
     """Parts of the leading axis that the profiles allow, in order.
 
-    A batch is split when the leading axis of every input and output is the same free axis.
+    A batch is split or padded when the leading axis of every input and output is the same free axis.
 
     Args:
         inputs: Inputs of the engine.
         outputs: Its outputs.
         profiles: Input name -> shapes.
         shapes: Input name -> shape of what is to be run; they fit `inputs`.
+        sizes: What batches are padded to, ascending; None for no padding.
 
     Yields:
-        Slices that cover the batch; a single one of everything where the shapes fit as they are. None where
-        the batch is empty.
+        What covers the batch; a single one of everything where the shapes fit as they are. None where the batch
+        is empty.
 
     Raises:
         InputError: A shape is beyond its profile, and the batch can't be split, or splitting does not help.
     """
-    axes = {spec.shape[0] if spec.shape else 0 for spec in (*inputs, *outputs)}
-    can_split = len(axes) == 1 and isinstance(next(iter(axes)), str)
+    can_split = rows_are_free(inputs, outputs)
     lead = 1 if can_split else 0
     for spec in inputs:
         profile = profiles[spec.name]
@@ -45,11 +96,13 @@ def split_batch(
                 "--shapes"
             )
     if not can_split:
-        yield slice(None)
+        yield Part(slice(None))
         return
     rows = shapes[inputs[0].name][0]
-    most = min(profiles[spec.name].largest[0] for spec in inputs)
-    least = max(profiles[spec.name].smallest[0] for spec in inputs)
+    if sizes is not None:
+        yield from _padded_parts(rows, sizes)
+        return
+    least, most = _bounds(inputs, profiles)
     count = -(-rows // most)
     parts = [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
     if any(part.stop - part.start < least for part in parts):
@@ -57,7 +110,21 @@ def split_batch(
             f"expected batches of {least} to {most} rows or of a multiple that can be split so, found {rows}; "
             "build the engine with wider --shapes"
         )
-    yield from parts
+    yield from map(Part, parts)
+
+
+def _padded_parts(rows: int, sizes: Sequence[int]) -> Iterator[Part]:
+    """As many of the largest size as there are, and the rest."""
+    for first in range(0, rows, sizes[-1]):
+        last = min(first + sizes[-1], rows)
+        size = sizes[bisect_left(sizes, last - first)]
+        yield Part(slice(first, last), None if size == last - first else Padded(last - first, size))
+
+
+def _bounds(inputs: Sequence[TensorSpec], profiles: Mapping[str, Profile]) -> tuple[int, int]:
+    """Fewest and most rows that all profiles allow."""
+    least = max(profiles[spec.name].smallest[0] for spec in inputs)
+    return least, min(profiles[spec.name].largest[0] for spec in inputs)
 
 
 def _text(shape: Shape) -> str:

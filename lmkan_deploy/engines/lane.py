@@ -1,4 +1,4 @@
-"""One thread's way through an engine: a stream, memory, and execution contexts of its own."""
+"""One call's way through an engine: a stream, memory, and execution contexts of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lmkan_deploy.engines.batches import Padded
 from lmkan_deploy.engines.cuda_graph import CudaGraph
+from lmkan_deploy.engines.gpu import DeviceMemory, Gpu, OnGpu
 from lmkan_deploy.engines.tensorrt_api import EngineRuntime, last_errors
 from lmkan_deploy.errors import EngineError, InputError
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, numpy_dtype
@@ -19,7 +21,7 @@ from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, numpy_dtype
 Shapes = Mapping[str, tuple[int, ...]]
 
 MAX_GRAPHS = 32
-"""Shapes that a thread keeps graphs for; the one that was not used for longest makes room."""
+"""Shapes that a lane keeps graphs for; the one that was not used for longest makes room."""
 
 
 class DeviceArray:
@@ -27,8 +29,8 @@ class DeviceArray:
     `torch.as_tensor` and `cupy.asarray`.
     """
 
-    def __init__(self, memory: Any, shape: tuple[int, ...], dtype: str) -> None:
-        self._memory = memory  # keeps the allocation alive
+    def __init__(self, memory: DeviceMemory, shape: tuple[int, ...], dtype: str) -> None:
+        self.memory = memory
         self.shape = shape
         self.dtype = dtype
         kind = np.dtype(np.uint16) if dtype == "bfloat16" else np.dtype(dtype)
@@ -52,7 +54,7 @@ class LoadedEngine:
     Attributes:
         runtime: What runs it.
         trt: TensorRT's module.
-        cuda: pycuda's driver module.
+        gpu: Where it runs.
         engine: TensorRT's `ICudaEngine`.
         log: What `make_log` made.
         inputs: Its inputs.
@@ -61,90 +63,119 @@ class LoadedEngine:
 
     runtime: EngineRuntime
     trt: Any
-    cuda: Any
-    engine: Any
+    gpu: Gpu
+    engine: OnGpu[Any]
     log: Any
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
 
-    def new_context(self, *options: Any) -> Any:
+    def new_context(self, *options: Any) -> OnGpu[Any]:
         """An execution context."""
-        context = self.engine.create_execution_context(*options)
+        context = self.engine.value.create_execution_context(*options)
         if context is None:
             raise EngineError(f"TensorRT could not make an execution context: {last_errors(self.log)}")
-        return context
+        return OnGpu(self.gpu, context)
 
-    def set_inputs(self, context: Any, shapes: Shapes, addresses: Mapping[str, int]) -> None:
+    def input_sizes(self, shapes: Shapes) -> dict[str, int]:
+        """Bytes of each input."""
+        return {
+            spec.name: int(np.prod(shapes[spec.name])) * numpy_dtype(spec.dtype).itemsize
+            for spec in self.inputs
+        }
+
+    def set_inputs(self, context: OnGpu[Any], shapes: Shapes, addresses: Mapping[str, int]) -> None:
         """Tells a context of its inputs."""
         for name, shape in shapes.items():
-            if not context.set_input_shape(name, shape):
+            if not context.value.set_input_shape(name, shape):
                 raise InputError(f"TensorRT refused input {name} {list(shape)}: {last_errors(self.log)}")
-            context.set_tensor_address(name, addresses[name])
+            context.value.set_tensor_address(name, addresses[name])
 
-    def set_outputs(self, context: Any, allocate: Callable[[str, int], Any]) -> dict[str, DeviceArray]:
+    def set_outputs(
+        self, context: OnGpu[Any], allocate: Callable[[str, int], DeviceMemory]
+    ) -> dict[str, DeviceArray]:
         """Gives a context whose inputs are set memory for its outputs."""
         results = {}
         for spec in self.outputs:
-            shape = tuple(context.get_tensor_shape(spec.name))
+            shape = tuple(context.value.get_tensor_shape(spec.name))
             if min(shape, default=1) < 0:
                 raise EngineError(
                     f"expected outputs of shapes that follow from those of the inputs, found {spec.name} "
                     f"{list(shape)}; such networks can't be run"
                 )
-            size = int(np.prod(shape)) * numpy_dtype(spec.dtype).itemsize
-            memory = allocate(spec.name, max(size, 1))  # the driver allocates no empty memory
-            context.set_tensor_address(spec.name, int(memory))
+            memory = allocate(spec.name, int(np.prod(shape)) * numpy_dtype(spec.dtype).itemsize)
+            context.value.set_tensor_address(spec.name, int(memory))
             results[spec.name] = DeviceArray(memory, shape, spec.dtype)
         return results
 
-    def enqueue(self, context: Any, stream: Any) -> None:
+    def enqueue(self, context: OnGpu[Any], stream: OnGpu[Any]) -> None:
         """Puts a run into a stream."""
-        if not context.execute_async_v3(stream.handle):
+        if not context.value.execute_async_v3(stream.value.handle):
             raise InputError(f"TensorRT could not run the engine: {last_errors(self.log)}")
+
+    def upload(self, array: NDArray[Any], memory: DeviceMemory, size: int, stream: OnGpu[Any]) -> None:
+        """Fills memory of `size` bytes with an array, and zeros behind it."""
+        address = int(memory)
+        if array.nbytes:
+            self.gpu.cuda.memcpy_htod_async(address, _bytes_of(array), stream.value)
+        if size > array.nbytes:
+            self.gpu.cuda.memset_d8_async(address + array.nbytes, 0, size - array.nbytes, stream.value)
+
+    def download(
+        self, sources: Mapping[str, DeviceArray], padded: Padded | None, stream: OnGpu[Any]
+    ) -> Arrays:
+        """Copies outputs to the host, and waits for the stream."""
+        results = {}
+        for name, source in sources.items():
+            shape = source.shape if padded is None else (padded.rows, *source.shape[1:])
+            host = np.empty(shape, numpy_dtype(source.dtype))
+            if host.nbytes:
+                self.gpu.cuda.memcpy_dtoh_async(_bytes_of(host), int(source.memory), stream.value)
+            results[name] = host
+        stream.value.synchronize()
+        return results
 
 
 class Lane:
     """Runs an engine with one context, whatever the shapes.
 
-    Call it from one thread, with the device's context current. The calls fit the engine's profile.
+    Call it from one thread at a time, with the GPU current. The calls fit the engine's profile.
     """
 
     def __init__(self, loaded: LoadedEngine) -> None:
-        self._loaded, self._cuda = loaded, loaded.cuda
-        self._stream = loaded.cuda.Stream()
-        self._memory: dict[str, tuple[int, Any]] = {}  # tensor -> bytes, allocation
+        self._loaded = loaded
+        self._stream = loaded.gpu.new_stream()
+        self._memory: dict[str, tuple[int, DeviceMemory]] = {}  # tensor -> bytes, allocation
         self._context = loaded.new_context()
 
-    def run(self, feeds: Arrays) -> Arrays:
+    def run(self, feeds: Arrays, padded: Padded | None = None) -> Arrays:
         """From host memory to host memory."""
+        shapes = _shapes(feeds, padded)
         addresses = {}
-        for name, array in feeds.items():
-            memory = self._held(name, array.nbytes)
-            self._cuda.memcpy_htod_async(memory, _bytes_of(array), self._stream)
+        for name, size in self._loaded.input_sizes(shapes).items():
+            memory = self._held(name, size)
+            self._loaded.upload(feeds[name], memory, size, self._stream)
             addresses[name] = int(memory)
-        shapes = {name: array.shape for name, array in feeds.items()}
-        return _to_host(self._cuda, self._enqueue(shapes, addresses, self._held), self._stream)
+        return self._loaded.download(self._enqueue(shapes, addresses, self._held), padded, self._stream)
 
     def run_on_device(self, shapes: Shapes, addresses: Mapping[str, int]) -> dict[str, DeviceArray]:
         """From device memory to new device memory; waits until the outputs are complete."""
-        results = self._enqueue(shapes, addresses, lambda _, size: self._cuda.mem_alloc(size))
-        self._stream.synchronize()
+        results = self._enqueue(shapes, addresses, lambda _, size: self._loaded.gpu.allocate(size))
+        self._stream.value.synchronize()
         return results
 
     def _enqueue(
-        self, shapes: Shapes, addresses: Mapping[str, int], allocate: Callable[[str, int], Any]
+        self, shapes: Shapes, addresses: Mapping[str, int], allocate: Callable[[str, int], DeviceMemory]
     ) -> dict[str, DeviceArray]:
         self._loaded.set_inputs(self._context, shapes, addresses)
         results = self._loaded.set_outputs(self._context, allocate)
         self._loaded.enqueue(self._context, self._stream)
         return results
 
-    def _held(self, name: str, size: int) -> Any:
-        held, memory = self._memory.get(name, (0, None))
-        if size > held:
-            memory = self._cuda.mem_alloc(size)
-            self._memory[name] = (size, memory)
-        return memory
+    def _held(self, name: str, size: int) -> DeviceMemory:
+        held = self._memory.get(name)
+        if held is None or size > held[0]:
+            held = self._memory[name] = size, self._loaded.gpu.allocate(size)
+        return held[1]
 
 
 class GraphLane:
@@ -155,32 +186,34 @@ class GraphLane:
     """
 
     def __init__(self, loaded: LoadedEngine) -> None:
-        self._loaded, self._cuda = loaded, loaded.cuda
-        self._stream = loaded.cuda.Stream()
-        self._workspace_size = loaded.engine.device_memory_size_v2
-        self._workspace = self._cuda.mem_alloc(max(self._workspace_size, 1))
+        self._loaded = loaded
+        self._stream = loaded.gpu.new_stream()
+        self._workspace_size = loaded.engine.value.device_memory_size_v2
+        self._workspace = loaded.gpu.allocate(self._workspace_size)
         self._calls: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], _Call] = OrderedDict()
 
-    def run(self, feeds: Arrays) -> Arrays:
+    def run(self, feeds: Arrays, padded: Padded | None = None) -> Arrays:
         """From host memory to host memory."""
-        call = self._call({name: array.shape for name, array in feeds.items()})
-        for name, array in feeds.items():
-            self._cuda.memcpy_htod_async(call.inputs[name], _bytes_of(array), self._stream)
+        call = self._call(_shapes(feeds, padded))
+        for name, size in call.input_sizes.items():
+            self._loaded.upload(feeds[name], call.inputs[name], size, self._stream)
         self._enqueue(call)
-        return _to_host(self._cuda, call.outputs, self._stream)
+        return self._loaded.download(call.outputs, padded, self._stream)
 
     def run_on_device(self, shapes: Shapes, addresses: Mapping[str, int]) -> dict[str, DeviceArray]:
         """From device memory to new device memory, copied there; waits until the outputs are complete."""
+        gpu, stream = self._loaded.gpu, self._stream.value
         call = self._call(shapes)
         for name, size in call.input_sizes.items():
-            self._cuda.memcpy_dtod_async(int(call.inputs[name]), addresses[name], size, self._stream)
+            gpu.cuda.memcpy_dtod_async(int(call.inputs[name]), addresses[name], size, stream)
         self._enqueue(call)
         results = {}
         for name, source in call.outputs.items():
-            memory = self._cuda.mem_alloc(max(source.nbytes, 1))
-            self._cuda.memcpy_dtod_async(int(memory), int(source._memory), source.nbytes, self._stream)
+            memory = gpu.allocate(source.nbytes)
+            if source.nbytes:
+                gpu.cuda.memcpy_dtod_async(int(memory), int(source.memory), source.nbytes, stream)
             results[name] = DeviceArray(memory, source.shape, source.dtype)
-        self._stream.synchronize()
+        stream.synchronize()
         return results
 
     def _call(self, shapes: Shapes) -> _Call:
@@ -199,53 +232,46 @@ class GraphLane:
         managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         captures_itself = loaded.runtime == "tensorrt-rtx"
         if captures_itself:
-            config = loaded.engine.create_runtime_config()
+            config = loaded.engine.value.create_runtime_config()
             config.set_execution_context_allocation_strategy(managed)
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             context = loaded.new_context(config)
         else:
             context = loaded.new_context(managed)
-        context.set_device_memory(int(self._workspace), self._workspace_size)
-        sizes = {
-            spec.name: int(np.prod(shapes[spec.name])) * numpy_dtype(spec.dtype).itemsize
-            for spec in loaded.inputs
-        }
-        inputs = {name: self._cuda.mem_alloc(size) for name, size in sizes.items()}
+        context.value.set_device_memory(int(self._workspace), self._workspace_size)
+        sizes = loaded.input_sizes(shapes)
+        inputs = {name: loaded.gpu.allocate(size) for name, size in sizes.items()}
         loaded.set_inputs(context, shapes, {name: int(memory) for name, memory in inputs.items()})
-        outputs = loaded.set_outputs(context, lambda _, size: self._cuda.mem_alloc(size))
+        outputs = loaded.set_outputs(context, lambda _, size: loaded.gpu.allocate(size))
         return _Call(context, inputs, sizes, outputs, captures_itself)
 
     def _enqueue(self, call: _Call) -> None:
         if call.graph is not None:
-            call.graph.launch(self._stream.handle)
+            call.graph.launch(self._stream.value.handle)
             return
         enqueue = partial(self._loaded.enqueue, call.context, self._stream)
         enqueue()  # TensorRT prepares in the first run what can't be captured
         if not call.captures_itself:
-            call.graph = CudaGraph(self._stream.handle, enqueue)
+            call.graph = CudaGraph(self._stream.value.handle, enqueue)
 
 
 @dataclass
 class _Call:
     """What runs one set of shapes."""
 
-    context: Any
-    inputs: dict[str, Any]
+    context: OnGpu[Any]
+    inputs: dict[str, DeviceMemory]
     input_sizes: dict[str, int]  # bytes
     outputs: dict[str, DeviceArray]
     captures_itself: bool
     graph: CudaGraph | None = None
 
 
-def _to_host(cuda: Any, sources: Mapping[str, DeviceArray], stream: Any) -> Arrays:
-    results = {}
-    for name, source in sources.items():
-        host = np.empty(source.shape, numpy_dtype(source.dtype))
-        if host.nbytes:
-            cuda.memcpy_dtoh_async(_bytes_of(host), source._memory, stream)
-        results[name] = host
-    stream.synchronize()
-    return results
+def _shapes(feeds: Arrays, padded: Padded | None) -> Shapes:
+    """Shapes that the engine runs."""
+    if padded is None:
+        return {name: array.shape for name, array in feeds.items()}
+    return {name: (padded.to, *array.shape[1:]) for name, array in feeds.items()}
 
 
 def _bytes_of(array: NDArray[Any]) -> NDArray[np.uint8]:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lmkan_deploy.engines.batches import split_batch
+from lmkan_deploy.engines.batches import Part, padded_sizes, rows_are_free, split_batch
 from lmkan_deploy.engines.cuda_graph import import_driver
 from lmkan_deploy.engines.device import compute_capability
-from lmkan_deploy.engines.lane import DeviceArray, GraphLane, Lane, LoadedEngine
+from lmkan_deploy.engines.gpu import Gpu, OnGpu
+from lmkan_deploy.engines.lane import MAX_GRAPHS, DeviceArray, GraphLane, Lane, LoadedEngine
 from lmkan_deploy.engines.manifest import check_manifest, read_manifest
 from lmkan_deploy.engines.plugin import find_plugin, load_plugin
 from lmkan_deploy.engines.tensorrt_api import EngineRuntime, import_tensorrt, last_errors, make_log
-from lmkan_deploy.errors import EngineError, InputError, LibraryError
+from lmkan_deploy.errors import EngineError, InputError
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs, numpy_dtype
 
 # TensorRT's type names and NumPy's.
@@ -35,14 +36,19 @@ _DTYPES = {
 
 
 class EngineRunner:
-    """An engine on one GPU. Every thread that calls it gets an execution context and a stream of its own.
+    """An engine on one GPU. Calls at the same time have execution contexts and streams of their own.
 
     Args:
         path: The engine; its manifest lies beside it.
         plugin: The plugin library; by default the package's.
         device: Number of the GPU.
         cuda_graphs: Whether to run with a CUDA graph for each shape, which saves the launches of many small
-            kernels; the first run of a shape takes longer. Each thread keeps those of the last 32 shapes.
+            kernels; the first run of a shape takes longer. Of each context the last 32 shapes are kept.
+        pad_batches: Whether `run` pads batches with rows of zeros to a few sizes, so that there are few shapes.
+            Only where rows do not depend on each other.
+
+    Attributes:
+        batch_sizes: What batches are padded to, ascending; None where they run as they are.
 
     Raises:
         EngineError: The engine does not fit this machine; see `check_manifest`.
@@ -50,7 +56,13 @@ class EngineRunner:
     """
 
     def __init__(
-        self, path: Path, *, plugin: Path | None = None, device: int = 0, cuda_graphs: bool = False
+        self,
+        path: Path,
+        *,
+        plugin: Path | None = None,
+        device: int = 0,
+        cuda_graphs: bool = False,
+        pad_batches: bool = False,
     ) -> None:
         manifest = read_manifest(path)
         runtime: EngineRuntime = manifest.runtime  # type: ignore[assignment]
@@ -66,37 +78,37 @@ class EngineRunner:
         )
         if library is not None:
             load_plugin(trt, log, library)
-        cuda = _import_pycuda()
+        gpu = Gpu(device)
         if cuda_graphs and runtime == "tensorrt":
             import_driver()
-        self._device_context = cuda.Device(device).retain_primary_context()
-        self._profiles = manifest.profiles
-        with self._on_device():
-            self._engine = trt.Runtime(log).deserialize_cuda_engine(path.read_bytes())
-        if self._engine is None:
+        with gpu.current():
+            engine = trt.Runtime(log).deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
             raise EngineError(f"{runtime} could not open {path}: {last_errors(log)}")
         self.name = runtime
         specs = {True: [], False: []}  # type: dict[bool, list[TensorSpec]]
-        for index in range(self._engine.num_io_tensors):
-            name = self._engine.get_tensor_name(index)
-            is_input = self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
-            specs[is_input].append(self._spec(name))
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+            specs[is_input].append(_spec(engine, name))
         self.inputs, self.outputs = specs[True], specs[False]
-        self._loaded = LoadedEngine(runtime, trt, cuda, self._engine, log, self.inputs, self.outputs)
+        self._profiles = manifest.profiles
+        pads = pad_batches and rows_are_free(self.inputs, self.outputs)
+        self.batch_sizes = padded_sizes(self.inputs, self._profiles, MAX_GRAPHS) if pads else None
+        self._loaded = LoadedEngine(runtime, trt, gpu, OnGpu(gpu, engine), log, self.inputs, self.outputs)
         self._new_lane = GraphLane if cuda_graphs else Lane
-        self._threads = threading.local()
+        self._idle_lanes: deque[Lane | GraphLane] = deque()  # whose append and pop need no lock
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
         """See `Runner.run`. Batches beyond the profile's largest are split."""
         check_inputs(self.inputs, feeds)
-        shapes = {name: array.shape for name, array in feeds.items()}
-        parts = list(split_batch(self.inputs, self.outputs, self._profiles, shapes))
+        parts = self._parts({name: array.shape for name, array in feeds.items()}, self.batch_sizes)
         if not parts:
             return self._empty()
-        with self._on_device():
-            lane = self._lane()
+        with self._lane() as lane:
             results = [
-                lane.run({n: np.ascontiguousarray(a[part]) for n, a in feeds.items()}) for part in parts
+                lane.run({n: np.ascontiguousarray(a[part.rows]) for n, a in feeds.items()}, part.padded)
+                for part in parts
             ]
         if len(results) == 1:
             return results[0]
@@ -131,23 +143,17 @@ class EngineRunner:
                 raise InputError(f"expected input {spec}, found elements of type {interface['typestr']}")
             interfaces[spec.name] = interface
         shapes = {name: tuple(interface["shape"]) for name, interface in interfaces.items()}
-        if list(split_batch(self.inputs, self.outputs, self._profiles, shapes)) not in ([slice(None)],):
+        if self._parts(shapes) != [Part(slice(None))]:
             rows = {shape[0] for shape in shapes.values()}
             most = min(self._profiles[name].largest[0] for name in shapes)
             if max(rows) > most or 0 in rows:
                 raise InputError(f"expected 1 to {most} rows on the GPU, found {max(rows)}; split the batch")
-        with self._on_device():
+        with self._lane() as lane:
             addresses = {name: interface["data"][0] for name, interface in interfaces.items()}
-            return self._lane().run_on_device(shapes, addresses)
+            return lane.run_on_device(shapes, addresses)
 
-    def _spec(self, name: str) -> TensorSpec:
-        dtype = _DTYPES.get(self._engine.get_tensor_dtype(name).name, "unknown")
-        # TensorRT does not keep the names of free axes; the first one is the batch.
-        shape = [
-            size if size >= 0 else "batch" if axis == 0 else None
-            for axis, size in enumerate(self._engine.get_tensor_shape(name))
-        ]
-        return TensorSpec(name, tuple(shape), dtype)
+    def _parts(self, shapes: Mapping[str, tuple[int, ...]], sizes: Sequence[int] | None = None) -> list[Part]:
+        return list(split_batch(self.inputs, self.outputs, self._profiles, shapes, sizes))
 
     def _empty(self) -> Arrays:
         result = {}
@@ -161,29 +167,23 @@ class EngineRunner:
         return result
 
     @contextlib.contextmanager
-    def _on_device(self) -> Iterator[None]:
-        self._device_context.push()
-        try:
-            yield
-        finally:
-            self._device_context.pop()
-
-    def _lane(self) -> Lane | GraphLane:
-        if not hasattr(self._threads, "lane"):
-            self._threads.lane = self._new_lane(self._loaded)
-        lane: Lane | GraphLane = self._threads.lane
-        return lane
+    def _lane(self) -> Iterator[Lane | GraphLane]:
+        """A lane for one call; the one that was used last, whose graphs are there."""
+        with self._loaded.gpu.current():
+            try:
+                lane = self._idle_lanes.pop()
+            except IndexError:
+                lane = self._new_lane(self._loaded)
+            yield lane
+            # Not after a failure: its stream may be broken.
+            self._idle_lanes.append(lane)
 
 
-def _import_pycuda() -> Any:
-    try:
-        import pycuda.driver as cuda
-    except ImportError as error:
-        raise LibraryError(
-            f"expected pycuda, could not import it: {error}; install pycuda where CUDA's toolkit is"
-        ) from error
-    try:
-        cuda.init()
-    except cuda.Error as error:
-        raise LibraryError(f"expected a GPU, found none: {error}") from error
-    return cuda
+def _spec(engine: Any, name: str) -> TensorSpec:
+    dtype = _DTYPES.get(engine.get_tensor_dtype(name).name, "unknown")
+    # TensorRT does not keep the names of free axes; the first one is the batch.
+    shape = [
+        size if size >= 0 else "batch" if axis == 0 else None
+        for axis, size in enumerate(engine.get_tensor_shape(name))
+    ]
+    return TensorSpec(name, tuple(shape), dtype)

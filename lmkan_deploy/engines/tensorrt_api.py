@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections import deque
 from typing import Any, Literal, get_args
 
 from lmkan_deploy.errors import EngineError, LibraryError
@@ -38,13 +39,13 @@ def make_log(trt: Any) -> Any:
     """A logger that collects errors instead of printing them.
 
     Returns:
-        An `ILogger` with a list `errors` of messages; more severe than a warning.
+        An `ILogger` with a queue `errors` of the last messages that are more severe than a warning.
     """
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.errors: list[str] = []
+            self.errors: deque[str] = deque(maxlen=2)
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
@@ -55,4 +56,4 @@ def make_log(trt: Any) -> Any:
 
 def last_errors(log: Any) -> str:
     """The last messages of a log, or that there are none."""
-    return "; ".join(log.errors[-2:]) or "no reason was given"
+    return "; ".join(log.errors) or "no reason was given"

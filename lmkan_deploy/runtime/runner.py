@@ -56,6 +56,7 @@ def load_runner(
     *,
     threads: int | None = None,
     cuda_graphs: bool = False,
+    pad_batches: bool = False,
 ) -> Runner:
     """Loads a model file.
 
@@ -64,6 +65,7 @@ def load_runner(
         runtime: What to run an ONNX file with; see `RuntimeName`. An engine has one of its own.
         threads: Threads of one call on the CPU; None leaves the choice to the runtime.
         cuda_graphs: Whether an engine runs with a CUDA graph for each shape.
+        pad_batches: Whether an engine pads batches to a few sizes, so that there are few shapes.
 
     Raises:
         EngineError: The engine does not fit this machine.
@@ -74,9 +76,10 @@ def load_runner(
     if path.suffix == ".engine":
         from lmkan_deploy.engines.runner import EngineRunner
 
-        return EngineRunner(path, cuda_graphs=cuda_graphs)
-    if cuda_graphs:
-        raise ModelError(f"expected an engine with CUDA graphs, found {path}; leave CUDA graphs out")
+        return EngineRunner(path, cuda_graphs=cuda_graphs, pad_batches=pad_batches)
+    if cuda_graphs or pad_batches:
+        what = "CUDA graphs" if cuda_graphs else "padded batches"
+        raise ModelError(f"expected an engine with {what}, found {path}; leave {what} out")
     if runtime == "onnx-reference":
         from lmkan_deploy.runtime.onnx_reference import OnnxReferenceRunner
 

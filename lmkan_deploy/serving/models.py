@@ -244,7 +244,8 @@ class ModelStore:
 
     def _load(self, file: Path) -> Runner:
         graphs = self._cuda_graphs and file.suffix == ".engine"
-        return load_runner(file, self._runtime, threads=self._threads, cuda_graphs=graphs)
+        # Requests join to batches of any size; each would need a graph of its own.
+        return load_runner(file, self._runtime, threads=self._threads, cuda_graphs=graphs, pad_batches=graphs)
 
     def _source(self, name: str) -> Path:
         if name in self._sources:
@@ -295,8 +296,8 @@ def _companions(file: Path) -> list[Path]:
 
 
 def _open_and_try(load: Load, file: Path, options: BatchingOptions) -> Runner:
-    """Loads a model and runs it once on one row and once on a full batch, so that the first request waits for
-    nothing, and a model that can't run is never served.
+    """Loads a model and runs it on one row, on a full batch, and on all sizes that an engine pads batches to, so
+    that the first request waits for nothing, and a model that can't run is never served.
     """
     companions = _companions(file)
     if companions and file.suffix == ".onnx":
@@ -308,7 +309,11 @@ def _open_and_try(load: Load, file: Path, options: BatchingOptions) -> Runner:
     else:
         runner = load(file)
     started = time.perf_counter()
-    for rows in (1, options.max_batch) if batch_axis(runner) else (1,):
+    batches = {1}
+    if batch_axis(runner):
+        padded = getattr(runner, "batch_sizes", None) or ()
+        batches |= {options.max_batch, *(rows for rows in padded if rows < options.max_batch)}
+    for rows in sorted(batches):
         runner.run(random_inputs(runner.inputs, {None: rows}, np.random.default_rng(0)))
     _log.debug("%s: first runs took %.3f s", file, time.perf_counter() - started)
     return runner
