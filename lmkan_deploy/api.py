@@ -38,9 +38,9 @@ Progress = Callable[[str], None]
 Feeds = Callable[[list[str]], Mapping[str, "NDArray[Any]"]]
 """Called with the names of a network's inputs, returns an array for each."""
 
-INT8_RTOL = 1e-2
+INT8_RTOL = 3e-2
 """Allowed relative error between the compiled operator and the function of int8 tables: the kernels' weights
-are multiples of 2^-14, a hundredth of a table's step, which networks amplify.
+are multiples of 2^-14, beyond the grid of 2^-11: up to an eighth of a table's step, which networks amplify.
 """
 
 MAX_OPSET = 25
@@ -298,7 +298,7 @@ def verify(
         cuda_graphs: See `load_runner`.
         batch_sizes: Sizes of the free axes of random inputs.
         seed: Of the random inputs.
-        rtol: Allowed relative error; None takes a default by type, 1e-2 between runtimes of int8 tables.
+        rtol: Allowed relative error; None takes a default by type, 3e-2 between runtimes of int8 tables.
         progress: Called with a line at each step.
 
     Raises:

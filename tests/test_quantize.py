@@ -140,11 +140,11 @@ def test_runtimes_agree(shape: tuple[int, int, int], constant: bool) -> None:
         x = (rng.standard_normal((rows, 2 * shape[0])) * 2).astype(np.float32)
         feeds = {"x": x} | ({} if constant else {"table": quantized, "scale": scale})
         want = lookup2d(x, dequantize_table(quantized, scale))
-        # The kernel's weights are multiples of 2^-14: a hundredth of a step of each pair's table.
+        # The kernel's weights are multiples of 2^-11 at worst: an eighth of a step of each pair's table.
         steps = np.sqrt(np.square(scale.astype(np.float64)).sum(axis=0))
         # Far outside of the grid float32 itself cancels, in every runtime.
         rounding = 1e-5 * np.abs(want).max(initial=0)
-        for custom_ops, allowed in ((True, 0.05 * steps), (False, 2e-4 * steps)):
+        for custom_ops, allowed in ((True, 0.13 * steps), (False, 2e-4 * steps)):
             y = session(model, custom_ops=custom_ops).run(None, feeds)[0]
             assert y.shape == want.shape
             assert (np.abs(y - want) <= allowed + rounding).all()
@@ -168,7 +168,11 @@ def test_narrow_features(dtype: str) -> None:
     unit = {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
     for custom_ops in (True, False):
         y = session(model, custom_ops=custom_ops).run(None, {"x": x.astype(np.float32)})[0]
-        np.testing.assert_allclose(y, want, rtol=1.01 * unit, atol=1e-2 * scale.max())
+        # The kernel's weights are multiples of 2^-14, or of 2^-11 beyond the grid.
+        near = np.abs(x.astype(np.float32)).max(axis=1) < 2.3
+        for rows, atol in ((near, 1e-2), (~near, 8e-2)):
+            assert rows.any()
+            np.testing.assert_allclose(y[rows], want[rows], rtol=1.01 * unit, atol=atol * scale.max())
 
 
 def test_threads_agree_bit_for_bit() -> None:

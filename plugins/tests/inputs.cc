@@ -5,14 +5,19 @@
 namespace lmkan::test {
 namespace {
 
-double MakeFeature(int64_t num_grids, lmkan_dtype dtype, bool is_near, Random& random) {
+// Whether the features of a group of pairs are mostly on the grid, around it, or anywhere.
+enum class Reach { kGrid, kAround, kAnywhere };
+
+double MakeFeature(int64_t num_grids, lmkan_dtype dtype, Reach reach, Random& random) {
   const double sign = random.Index(2) == 0 ? 1.0 : -1.0;
   const int64_t kind = random.Index(20);
-  const double end = GridPoint(num_grids, num_grids);
-  if (is_near && kind < 13) return random.Uniform(-end, end);
-  if (is_near && kind == 13) {
+  if (reach != Reach::kAnywhere && kind <= 13) {
+    const double end = GridPoint(num_grids, num_grids);
     const double width = end - GridPoint(num_grids, num_grids - 1);
-    return sign * (end + width * random.Uniform(kFarthestFit - 0.53, kFarthestFit - 0.47));
+    const double farthest = reach == Reach::kGrid ? kFarthestFit : kFarthestCoarseFit;
+    const double limit = end + width * (farthest - 0.53);
+    if (kind < 13) return random.Uniform(-limit, limit);
+    return sign * (limit + width * random.Uniform(0, 0.06));
   }
   if (kind < 10) return random.Uniform(-3, 3);
   if (kind < 13) return random.Uniform(-180, 180);
@@ -58,10 +63,12 @@ Table MakeTable(const Shape& shape, lmkan_dtype dtype, uint64_t seed) {
 Array MakeX(const Shape& shape, lmkan_dtype dtype, uint64_t seed) {
   Random random(seed);
   Array x(dtype, shape.x_size());
-  bool is_near = false;
+  Reach reach = Reach::kGrid;
   for (int64_t i = 0; i < x.size(); ++i) {
-    if (i % (2 * shape.num_pairs) % (2 * kGroupPairs) == 0) is_near = random.Index(2) == 0;
-    x.Set(i, MakeFeature(shape.num_grids, dtype, is_near, random));
+    if (i % (2 * shape.num_pairs) % (2 * kGroupPairs) == 0) {
+      reach = static_cast<Reach>(random.Index(3));
+    }
+    x.Set(i, MakeFeature(shape.num_grids, dtype, reach, random));
   }
   return x;
 }

@@ -47,13 +47,17 @@ Position Locate(const std::vector<double>& grid, double x) {
   return position;
 }
 
-// Whether every feature of the group that pair `pair` belongs to is near enough to its cell.
-bool MayRoundWeights(const std::vector<Position>& positions, int64_t pair) {
+// How far from the definition's the weights of pair `pair` may be rounded.
+double WeightRounding(const std::vector<Position>& positions, int64_t pair) {
   const int64_t begin = pair / kGroupPairs * kGroupPairs * 2;
   const int64_t end = std::min(begin + 2 * kGroupPairs, static_cast<int64_t>(positions.size()));
-  return std::all_of(positions.begin() + begin, positions.begin() + end, [](const Position& it) {
-    return std::fabs(it.d - 0.5) <= kFarthestFit + it.error + kRoundoff;
-  });
+  double largest = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const double distance = std::fabs(positions[i].d - 0.5) - positions[i].error - kRoundoff;
+    if (distance > kFarthestCoarseFit) return 0;
+    largest = std::max(largest, distance > kFarthestFit ? 0x1p-12 : 0x1p-15);
+  }
+  return largest;
 }
 
 // The largest entry of each pair and output, [num_pairs][num_outputs].
@@ -109,8 +113,7 @@ Reference Evaluate(const Shape& shape, const std::vector<double>& x,
     for (int64_t p = 0; p < shape.num_pairs; ++p) {
       const Position& first = positions[2 * p];
       const Position& second = positions[2 * p + 1];
-      const double rounding =
-          table_dtype == LMKAN_INT8 && MayRoundWeights(positions, p) ? 0x1p-15 : 0;
+      const double rounding = table_dtype == LMKAN_INT8 ? WeightRounding(positions, p) : 0;
       // In the wrong cell the line of the neighbour is followed, over this part of a cell at most.
       const double border = 4 * (first.border * (std::fabs(1 - second.d) + std::fabs(second.d)) +
                                  second.border * (std::fabs(1 - first.d) + std::fabs(first.d)));

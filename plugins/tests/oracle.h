@@ -27,9 +27,11 @@ double GridPoint(int64_t num_grids, int64_t index);
 
 // Lookups in INT8 tables may round the corner weights to multiples of 2^-14 in a group of
 // kGroupPairs neighbouring pairs, the first one of which is a multiple of kGroupPairs, if every
-// feature of the group lies within kFarthestFit cells of its cell's centre.
+// feature of the group lies within kFarthestFit cells of its cell's centre, and to multiples of
+// 2^-11 if every one lies within kFarthestCoarseFit.
 inline constexpr int64_t kGroupPairs = 4;
 inline constexpr double kFarthestFit = 0.91;
+inline constexpr double kFarthestCoarseFit = 3.49;
 
 // y, and how far an evaluation with float32, or with rounded weights, may be from it before it is
 // rounded to y's type. Rows with a non-finite feature hold NaN.

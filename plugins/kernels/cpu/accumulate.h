@@ -68,7 +68,9 @@ class Prefetcher {
   }
 
   LMKAN_ALWAYS_INLINE void Corners(int64_t pair) const {
-    const int64_t first = pair * strides_.pair + record_->cell[pair] * strides_.cell;
+    int64_t cell = record_->cell[pair];
+    if (std::is_same_v<T, Int8Pair> && cell < 0) cell = ~cell;
+    const int64_t first = pair * strides_.pair + cell * strides_.cell;
     for (const int64_t line : {int64_t{0}, strides_.line}) {
       PrefetchToL2(address_ + static_cast<uintptr_t>(first + line) * sizeof(T));
       if (std::is_same_v<T, Int8Pair>) continue;  // has its neighbour beside it

@@ -4,10 +4,12 @@
 // the second axis lie side by side, so one instruction multiplies two corners by two 16-bit weights
 // and adds them; one conversion and one multiplication by the scale then finish a pair. Weights are
 // rounded to 1 / kWeightOne, an error of a hundredth of a step of the table. Weights of 2 and more,
-// far beyond the grid, don't fit: those groups of pairs are added in float32.
+// beyond the grid, don't fit: groups of pairs with such a weight have coarse ones, and those with a
+// weight of 16 or more are added in float32.
 //
 // A vector type has for this, besides what accumulate.h lists:
-//   V::PositionsFit(record, pairs)   whether every weight of the first `pairs` pairs is below 2
+//   V::PositionsFit(record, pairs, distance)   whether all positions of the first `pairs` pairs are
+//                                    at most that far from their cell's centre
 //   V::IntReg                        kLanes integers of 32 bits
 //   V::RoundPair(Reg a, Reg b)       integers nearest to a and b, in the low and high half of lanes
 //   V::StoreFour(int32_t*, IntReg)   the first four lanes
@@ -28,15 +30,15 @@
 namespace lmkan::cpu {
 namespace {
 
-// Weights of the four corners times kWeightOne; see Weights in accumulate.h for the lanes.
+// Weights of the four corners times `one`; see Weights in accumulate.h for the lanes.
 template <class V>
 struct ScaledWeights {
-  LMKAN_ALWAYS_INLINE explicit ScaledWeights(const CellRecord& record) {
+  LMKAN_ALWAYS_INLINE ScaledWeights(const CellRecord& record, float one) {
     const typename V::Reg d1 = V::LoadFour(record.position1);
     const typename V::Reg d2 = V::LoadFour(record.position2);
     const typename V::Reg e2 = V::Subtract(V::One(), d2);
-    const typename V::Reg high = V::Multiply(d1, V::Broadcast(kWeightOne));
-    const typename V::Reg low = V::Subtract(V::Broadcast(kWeightOne), high);
+    const typename V::Reg high = V::Multiply(d1, V::Broadcast(one));
+    const typename V::Reg low = V::Subtract(V::Broadcast(one), high);
     corner[0] = V::Multiply(low, e2);
     corner[1] = V::Multiply(low, d2);
     corner[2] = V::Multiply(high, e2);
@@ -50,11 +52,17 @@ template <class V>
 void RoundWeights(const RoundWeightsArgs& args) {
   CellRecord* record = args.records;
   for (int64_t r = 0; r < args.rows; ++r, ++record) {
-    if (!V::PositionsFit(*record, args.num_pairs)) {
+    float one = kWeightOne;
+    if (!V::PositionsFit(*record, args.num_pairs, kFarthestFit)) {
       record->cell[0] = ~record->cell[0];
-      continue;
+      if (args.num_pairs == 1) record->cell[1] = 0;
+      if (!V::PositionsFit(*record, args.num_pairs, kFarthestCoarseFit)) {
+        record->cell[1] = ~record->cell[1];
+        continue;
+      }
+      one = kWeightOne / kCoarseUnit;
     }
-    const ScaledWeights<V> weights(*record);
+    const ScaledWeights<V> weights(*record, one);
     V::StoreFour(record->weights1, V::RoundPair(weights.corner[0], weights.corner[1]));
     V::StoreFour(record->weights2, V::RoundPair(weights.corner[2], weights.corner[3]));
   }
@@ -80,8 +88,8 @@ template <class V>
 LMKAN_NEVER_INLINE void AddInt8GroupAsFloats(const Int8Pair* slices, const float* scales,
                                              const TableStrides& strides, CellRecord record,
                                              int num_pairs, int width, float* sums) {
-  record.cell[0] = ~record.cell[0];
-  const ScaledWeights<V> weights(record);
+  for (int p = 0; p < 2; ++p) record.cell[p] = ~record.cell[p];
+  const ScaledWeights<V> weights(record, kWeightOne);
   float corner_weights[4][V::kLanes];
   for (int c = 0; c < 4; ++c) V::Store(corner_weights[c], weights.corner[c]);
   for (int p = 0; p < num_pairs; ++p, slices += strides.pair, scales += width) {
@@ -98,17 +106,36 @@ LMKAN_NEVER_INLINE void AddInt8GroupAsFloats(const Int8Pair* slices, const float
   }
 }
 
+// Adds the pairs kPair... of a group, whose weights are rounded.
+template <class V, int kVectors, int... kPair>
+LMKAN_ALWAYS_INLINE void AddRoundedPairs(const Int8Pair* slices, const float* scales,
+                                         const TableStrides& strides, const CellRecord& record,
+                                         int32_t first_cell, typename V::Reg (&sums)[kVectors],
+                                         std::integer_sequence<int, kPair...>) {
+  (AddInt8Pair<V, kPair>(slices + kPair * strides.pair +
+                             (kPair == 0 ? first_cell : record.cell[kPair]) * strides.cell,
+                         strides.line, scales + kPair * kVectors * V::kLanes, record, sums),
+   ...);
+}
+
 // Adds the pairs kPair... of a group.
 template <class V, int kVectors, int... kPair>
 LMKAN_ALWAYS_INLINE void AddInt8Pairs(const Int8Pair* slices, const float* scales,
                                       const TableStrides& strides, const CellRecord& record,
                                       typename V::Reg (&sums)[kVectors],
-                                      std::integer_sequence<int, kPair...>) {
+                                      std::integer_sequence<int, kPair...> pairs) {
   constexpr int kWidth = kVectors * V::kLanes;
   if (__builtin_expect(record.cell[0] >= 0, 1)) {
-    (AddInt8Pair<V, kPair>(slices + kPair * strides.pair + record.cell[kPair] * strides.cell,
-                           strides.line, scales + kPair * kWidth, record, sums),
-     ...);
+    AddRoundedPairs<V>(slices, scales, strides, record, record.cell[0], sums, pairs);
+    return;
+  }
+  if (record.cell[1] >= 0) {
+    typename V::Reg values[kVectors];
+    for (int v = 0; v < kVectors; ++v) values[v] = V::Zero();
+    AddRoundedPairs<V>(slices, scales, strides, record, ~record.cell[0], values, pairs);
+    for (int v = 0; v < kVectors; ++v) {
+      sums[v] = V::MultiplyAdd(V::Broadcast(kCoarseUnit), values[v], sums[v]);
+    }
     return;
   }
   float buffer[kWidth];

@@ -51,13 +51,13 @@ struct Avx2Vector {
   static Reg MultiplyAdd(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
 
   using IntReg = __m256i;
-  static bool PositionsFit(const CellRecord& record, int64_t pairs) {
+  static bool PositionsFit(const CellRecord& record, int64_t pairs, float farthest) {
     static_assert(offsetof(CellRecord, position2) ==
                   offsetof(CellRecord, position1) + 4 * sizeof(float));
     const Reg from_centre = _mm256_sub_ps(_mm256_loadu_ps(record.position1), Broadcast(0.5f));
     const Reg distance = _mm256_andnot_ps(Broadcast(-0.0f), from_centre);
     // "Not at most", which NaN fulfils.
-    const Reg beyond = _mm256_cmp_ps(distance, Broadcast(kFarthestFit), _CMP_NLE_UQ);
+    const Reg beyond = _mm256_cmp_ps(distance, Broadcast(farthest), _CMP_NLE_UQ);
     const int lanes_in_use = ((1 << pairs) - 1) * 0x11;
     return (_mm256_movemask_ps(beyond) & lanes_in_use) == 0;
   }

@@ -23,8 +23,9 @@ inline constexpr int kMaxBlockOutputs = 32;
 inline constexpr int kMaxRowOutputs = 128;
 
 // Cells of kGroupPairs neighbouring pairs of one row, and the positions inside them. round_weights
-// replaces the positions by two 16-bit weights for each pair and line; a record whose weights don't
-// fit keeps its positions, and its first cell is complemented, so that it is negative.
+// replaces the positions by two 16-bit weights for each pair and line. Where they don't fit, the
+// first cell is complemented, so that it is negative; where coarse ones don't fit either, so is the
+// second, and the record keeps its positions.
 struct alignas(16) CellRecord {
   int32_t cell[kGroupPairs];  // i1 * (G + 1) + i2
   union {
@@ -43,11 +44,15 @@ struct Int8Pair {
   int8_t corner[2];  // (i1, i2), (i1, i2 + 1)
 };
 
-// Fixed-point corner weights for INT8 tables are multiples of 1 / kWeightOne.
+// Fixed-point corner weights for INT8 tables are multiples of 1 / kWeightOne, coarse ones of
+// kCoarseUnit / kWeightOne.
 inline constexpr float kWeightOne = 16384.0f;
+inline constexpr float kCoarseUnit = 8.0f;
 
-// Positions within this distance of a cell's centre have weights below 2: 0.91 + 0.5 squared.
+// Positions within this distance of a cell's centre have weights below 2: 0.91 + 0.5 squared. And
+// those that are below 16, for which coarse ones fit.
 inline constexpr float kFarthestFit = 0.91f;
+inline constexpr float kFarthestCoarseFit = 3.49f;
 
 // A cell of an axis: position = (x - point) * inverse_width.
 struct GridCell {

@@ -44,11 +44,11 @@ struct PortableVector {
   struct IntReg {
     int32_t lane[kLanes];
   };
-  static bool PositionsFit(const CellRecord& record, int64_t pairs) {
+  static bool PositionsFit(const CellRecord& record, int64_t pairs, float farthest) {
     bool fit = true;
     for (int64_t p = 0; p < pairs; ++p) {
-      fit &= std::fabs(record.position1[p] - 0.5f) <= kFarthestFit;
-      fit &= std::fabs(record.position2[p] - 0.5f) <= kFarthestFit;
+      fit &= std::fabs(record.position1[p] - 0.5f) <= farthest;
+      fit &= std::fabs(record.position2[p] - 0.5f) <= farthest;
     }
     return fit;
   }

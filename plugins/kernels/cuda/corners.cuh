@@ -3,8 +3,10 @@
 //
 // INT8: an entry is its integer times a scale. As on the CPU, weights are rounded to 1 / kWeightOne
 // where both features lie within kFarthestFit cells of their cell's centre: one instruction then
-// multiplies two corners of an output by two 16-bit weights. Elsewhere the weights would not fit,
-// and the sum is in float32. Sums are kWeightOne times too large, which the store takes back.
+// multiplies two corners of an output by two 16-bit weights. Within kFarthestCoarseFit cells they
+// are rounded to kCoarseUnit / kWeightOne. Elsewhere they would not fit, and the sum is in float32,
+// for which all other threads of the warp wait. Sums are kWeightOne times too large, which the
+// store takes back.
 #ifndef LMKAN_KERNELS_CUDA_CORNERS_CUH_
 #define LMKAN_KERNELS_CUDA_CORNERS_CUH_
 
@@ -18,9 +20,12 @@ template <class T>
 inline constexpr int kChunkOutputs = kChunkBytes / static_cast<int>(sizeof(T));
 
 inline constexpr float kWeightOne = 16384.0f;
+inline constexpr float kCoarseUnit = 8.0f;
 
-// Positions within this distance of a cell's centre have weights below 2: 0.91 + 0.5 squared.
+// Positions within this distance of a cell's centre have weights below 2: 0.91 + 0.5 squared. And
+// those that are below 16.
 inline constexpr float kFarthestFit = 0.91f;
+inline constexpr float kFarthestCoarseFit = 3.49f;
 
 // What the sums must be multiplied with at the end.
 template <class T>
@@ -46,7 +51,8 @@ struct Weights {
 template <>
 struct Weights<int8_t> {
   float corner[4];  // times kWeightOne
-  int32_t line[2];  // rounded, those of corners 0 and 1, 2 and 3 in the low and high halves
+  float unit;       // 1 or kCoarseUnit
+  int32_t line[2];  // in units, those of corners 0 and 1, 2 and 3 in the low and high halves
   bool is_rounded;  // whether line is to be used
 
   __device__ explicit Weights(const Place& place) {
@@ -57,13 +63,17 @@ struct Weights<int8_t> {
     corner[1] = low1 * place.position2;
     corner[2] = high1 * low2;
     corner[3] = high1 * place.position2;
-    // False for NaN.
-    is_rounded = fabsf(place.position1 - 0.5f) <= kFarthestFit &&
-                 fabsf(place.position2 - 0.5f) <= kFarthestFit;
+    const float distance1 = fabsf(place.position1 - 0.5f);
+    const float distance2 = fabsf(place.position2 - 0.5f);
+    // Both false for NaN.
+    const bool is_fine = distance1 <= kFarthestFit && distance2 <= kFarthestFit;
+    is_rounded = distance1 <= kFarthestCoarseFit && distance2 <= kFarthestCoarseFit;
+    unit = is_fine ? 1.0f : kCoarseUnit;
     line[0] = line[1] = 0;
     if (is_rounded) {
-      line[0] = Pair(__float2int_rn(corner[0]), __float2int_rn(corner[1]));
-      line[1] = Pair(__float2int_rn(corner[2]), __float2int_rn(corner[3]));
+      const float per_unit = is_fine ? 1.0f : 1.0f / kCoarseUnit;
+      line[0] = Pair(__float2int_rn(corner[0] * per_unit), __float2int_rn(corner[1] * per_unit));
+      line[1] = Pair(__float2int_rn(corner[2] * per_unit), __float2int_rn(corner[3] * per_unit));
     }
   }
 
@@ -115,10 +125,10 @@ __device__ inline void AddWord(const uint32_t (&words)[4], const Weights<int8_t>
       const unsigned int select = half == 0 ? 0x5140 : 0x7362;
       const int32_t line0 = static_cast<int32_t>(__byte_perm(words[0], words[1], select));
       const int32_t line1 = static_cast<int32_t>(__byte_perm(words[2], words[3], select));
-      values[2 * half] = static_cast<float>(
-          __dp2a_lo(weights.line[1], line1, __dp2a_lo(weights.line[0], line0, 0)));
-      values[2 * half + 1] = static_cast<float>(
-          __dp2a_hi(weights.line[1], line1, __dp2a_hi(weights.line[0], line0, 0)));
+      const int low = __dp2a_lo(weights.line[1], line1, __dp2a_lo(weights.line[0], line0, 0));
+      const int high = __dp2a_hi(weights.line[1], line1, __dp2a_hi(weights.line[0], line0, 0));
+      values[2 * half] = weights.unit * static_cast<float>(low);
+      values[2 * half + 1] = weights.unit * static_cast<float>(high);
     }
   } else {
 #pragma unroll
