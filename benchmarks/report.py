@@ -87,10 +87,10 @@ def chains_table(entries: list[Entry]) -> str:
     return "\n".join(lines)
 
 
-def one_row_table(seconds: dict[str, list[float]]) -> str:
-    """Calls through the C++ API; the ratio to float32 is that of each turn, so the machine's moods cancel."""
+def one_row_table(interface: str, seconds: dict[str, list[float]]) -> str:
+    """The ratio to float32 is that of each turn, so the machine's moods cancel."""
     lines = [
-        "| one row, 128→128, G = 26, from C++ | µs a call, quartiles | time / float32 |",
+        f"| one row, 128→128, G = 26, through {interface} | µs a call, quartiles | time / float32 |",
         "| --- | --- | --- |",
     ]
     for form, values in seconds.items():
@@ -158,14 +158,15 @@ def plot_curves(entries: list[Entry], folder: Path) -> list[str]:
 
 
 def layer_parts(folder: Path, title: str, entries: list[Entry]) -> list[str]:
-    """One layer's timings, one row's from C++, and the machine's bandwidth."""
+    """One layer's timings, one row's through several interfaces, and the machine's bandwidth."""
     levels = json.loads((folder / "bandwidth.json").read_text())
     bandwidth = {int(size): rate for size, rate in levels.items()}
     rates = ", ".join(f"{size >> 10} KB: {rate / 1e9:.0f}" for size, rate in bandwidth.items())
+    one_row = json.loads((folder / "one_row.json").read_text())
     return [
         f"## {title}",
         shapes_table(entries, bandwidth),
-        one_row_table(json.loads((folder / "one_row.json").read_text())),
+        *(one_row_table(interface, seconds) for interface, seconds in one_row.items()),
         f"Load bandwidth in GB/s by working set: {rates}",
     ]
 

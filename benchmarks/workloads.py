@@ -83,9 +83,10 @@ def _model(
     return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
 
 
-def _session(
+def new_session(
     model: onnx.ModelProto, *, library: Path | None = None, threads: int = 1
 ) -> ort.InferenceSession:
+    """A session on the CPU, with the compiled operators where `library` is their library."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -103,7 +104,7 @@ def lookup(
 ) -> Run:
     """A chain of lookup layers in ONNX Runtime, checked on the first rows."""
     library = lmkan_deploy.get_library_path("onnxruntime") if custom_ops else None
-    session = _session(lookup_model(layers), library=library, threads=threads)
+    session = new_session(lookup_model(layers), library=library, threads=threads)
     want = x[:8]
     for layer in layers:
         want = lookup2d(want, _values(layer))
@@ -116,14 +117,14 @@ def dense(x: np.ndarray, n_out: int, *, threads: int = 1) -> Run:
     """A MatMul of the same shape in ONNX Runtime."""
     model = dense_model(x.shape[1], n_out)
     weight = numpy_helper.to_array(model.graph.initializer[0])
-    session = _session(model, threads=threads)
+    session = new_session(model, threads=threads)
     np.testing.assert_allclose(session.run(None, {"x": x})[0][:8], x[:8] @ weight, rtol=1e-3, atol=1e-3)
     return lambda: session.run(None, {"x": x})
 
 
 def identity(x: np.ndarray) -> Run:
     """A graph that does nothing: what a call costs before any work."""
-    session = _session(identity_model(x.shape[1]))
+    session = new_session(identity_model(x.shape[1]))
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], x)
     return lambda: session.run(None, {"x": x})
 
