@@ -18,6 +18,14 @@ for tool in memcheck racecheck initcheck; do
   compute-sanitizer --tool "$tool" --error-exitcode 1 "$tests" > "$output/$tool.txt" 2>&1 && echo "$tool: clean" || { echo "$tool: FAILED"; tail -20 "$output/$tool.txt"; }
 done
 
+# What the layers, the plugin and the engines do on a GPU, as far as they are installed.
+if python3 -c "import lmkan_deploy, pytest" 2> /dev/null; then
+  (cd "$root" && python3 -m pytest -q -rs tests/test_upstream.py tests/test_tensorrt_plugin.py \
+    tests/test_engine_runner.py) | tee "$output/python_tests.txt" || echo "Python tests: FAILED"
+else
+  echo "Python tests: left out, since lmkan_deploy or pytest is not installed" | tee "$output/python_tests.txt"
+fi
+
 if [ -n "$upstream" ]; then
   rm -rf "$build/upstream" && cp -r "$upstream" "$build/upstream"
   (cd "$build/upstream" && python3 setup.py -q build_ext --inplace > "$output/upstream.log" 2>&1)
