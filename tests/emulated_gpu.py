@@ -28,6 +28,15 @@ Work = Callable[[], None]
 COMPUTE_CAPABILITY = "9.0"
 
 
+_thread = threading.local()
+"""`captures`: whether the thread captures a stream."""
+
+
+def captures() -> bool:
+    """Whether the driver refuses to release anything."""
+    return getattr(_thread, "captures", False)
+
+
 class Memory:
     """Device memory: addresses that nothing on the host has."""
 
@@ -36,13 +45,13 @@ class Memory:
         self._blocks: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
-    def allocate(self, size: int, is_current: Callable[[], bool] = lambda: True) -> Allocation:
+    def allocate(self, size: int, can_free: Callable[[], bool] = lambda: True) -> Allocation:
         assert size > 0, "the driver refuses to allocate nothing"
         with self._lock:
             address = self._next
             self._next += -(-size // 256) * 256 + 4096  # so that no overrun hits a neighbour
             self._blocks[address] = np.full(size, 0xFF, np.uint8)
-        return Allocation(self, address, is_current)
+        return Allocation(self, address, can_free)
 
     def free(self, address: int) -> None:
         with self._lock:
@@ -61,13 +70,15 @@ class Memory:
 
 
 class Allocation:
-    """pycuda's `DeviceAllocation`: freed with its last reference, where that is dropped with the GPU current."""
+    """pycuda's `DeviceAllocation`: freed with its last reference, where that is dropped with the GPU current and
+    no capture going on.
+    """
 
-    def __init__(self, memory: Memory, address: int, is_current: Callable[[], bool]) -> None:
+    def __init__(self, memory: Memory, address: int, can_free: Callable[[], bool]) -> None:
         self._address = address
 
         def free() -> None:
-            if is_current():
+            if can_free():
                 memory.free(address)
 
         weakref.finalize(self, free).atexit = False
@@ -81,7 +92,8 @@ class Stream:
 
     known: ClassVar[weakref.WeakValueDictionary[int, Stream]] = weakref.WeakValueDictionary()
 
-    def __init__(self) -> None:
+    def __init__(self, flags: int = 0) -> None:
+        assert flags == 1, "a stream that can't be captured beside uses of the default stream"
         self.handle = id(self)
         self.captured: list[Work] | None = None
         self._queue: list[Work] = []
@@ -132,10 +144,13 @@ class Cuda(types.ModuleType):
         assert self._is_current(), "no context is current"
         if self.memory.allocations >= self.capacity:
             raise self.MemoryError("cuMemAlloc failed: out of memory")
-        return self.memory.allocate(size, self._is_current)
+        return self.memory.allocate(size, self._can_free)
 
     def _is_current(self) -> bool:
         return getattr(self._current, "depth", 0) > 0
+
+    def _can_free(self) -> bool:
+        return self._is_current() and not captures()
 
     def memset_d8_async(self, dest: int, data: int, count: int, stream: Stream) -> None:
         stream.put(lambda: self.memory.at(dest, count).fill(data))
@@ -188,10 +203,12 @@ class Driver(types.ModuleType):
         if status == 0:
             assert Stream.known[stream].captured is None
             Stream.known[stream].captured = []
+            _thread.captures = True
         return (status,)
 
     def cuStreamEndCapture(self, stream: int) -> tuple[CUresult, int | None]:  # noqa: N802
         work, Stream.known[stream].captured = Stream.known[stream].captured, None
+        _thread.captures = False
         assert work is not None
         status = self._status("cuStreamEndCapture")
         return status, self._new(work) if status == 0 else None
@@ -211,7 +228,10 @@ class Driver(types.ModuleType):
         self.graphs.remove(graph)
         return (self.CUresult.CUDA_SUCCESS,)
 
-    cuGraphExecDestroy = cuGraphDestroy  # noqa: N815
+    def cuGraphExecDestroy(self, executable: int) -> tuple[CUresult]:  # noqa: N802
+        if captures():
+            return (self.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
+        return self.cuGraphDestroy(executable)
 
 
 class Strategy(enum.Enum):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -183,6 +185,44 @@ def test_a_request_that_fails_does_not_fail_the_others() -> None:
         await batcher.close()
 
     run(test)
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_nothing_of_a_failed_run_waits_for_the_garbage_collector(
+    inline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Memory:
+        pass
+
+    class Failing(Doubler):
+        def run(self, feeds: Any) -> Any:
+            memory = Memory()
+            held.add(memory)
+            try:
+                self.fail()
+            except ValueError as error:
+                raise InputError("no") from error
+
+        def fail(self) -> None:
+            memory = Memory()
+            held.add(memory)
+            raise ValueError("deeper")
+
+    held: weakref.WeakSet[Memory] = weakref.WeakSet()
+    monkeypatch.setattr(batching, "INLINE_SECONDS", 2.0 if inline else 0.0)
+
+    async def test() -> None:
+        batcher, _ = make(Failing())
+        with pytest.raises(InputError, match="no"):
+            await batcher.submit(rows(1))
+        await batcher.close()
+        assert len(held) == 0
+
+    gc.disable()
+    try:
+        run(test)
+    finally:
+        gc.enable()
 
 
 def test_inputs_are_checked_before_they_wait() -> None:

@@ -20,7 +20,7 @@ import pytest
 from typer.testing import CliRunner
 
 import lmkan_deploy
-from emulated_gpu import COMPUTE_CAPABILITY, emulated_gpu
+from emulated_gpu import COMPUTE_CAPABILITY, Context, emulated_gpu
 from lmkan_deploy import cli as command_line
 from lmkan_deploy.engines.build import build_engine
 from lmkan_deploy.engines.device import compute_capability
@@ -256,6 +256,64 @@ def test_a_failing_run(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
         runner.run({"x": rows(3)})
     gpu.trt.refuses = lambda _: False
     check(runner, gpu.model, rows(3))
+
+
+@pytest.mark.parametrize("gpu", ["tensorrt"], indirect=True)
+def test_what_is_dropped_during_a_capture_is_released_after_it(gpu: SimpleNamespace) -> None:
+    runner = EngineRunner(gpu.path, cuda_graphs=True)
+    other = EngineRunner(gpu.path, cuda_graphs=True)
+    check(other, gpu.model, rows(3))
+    tensor = on_device(gpu, rows(3))
+    held = [other, other.run_on_device({"x": tensor})]
+    del other, tensor
+
+    def refuses(capturing: bool) -> bool:
+        if capturing:
+            assert gpu.driver.graphs
+            held.clear()
+        return False
+
+    gpu.trt.refuses = refuses
+    check(runner, gpu.model, rows(3))
+    assert not held
+    check(runner, gpu.model, rows(3, 1))
+    assert len(gpu.driver.graphs) == 1
+    del runner
+    assert (gpu.memory.allocations, gpu.driver.graphs) == (0, set())
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_refused_request_costs_no_graphs(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
+    runner = lmkan_deploy.load_runner(gpu.path, cuda_graphs=cuda_graphs)
+    check(runner, gpu.model, rows(3))
+    gpu.trt.refuses = lambda _: True
+    with pytest.raises(InputError, match="could not run the engine"):
+        runner.run({"x": rows(4)})
+    gpu.trt.refuses = lambda _: False
+    before = len(gpu.trt.contexts)
+    check(runner, gpu.model, rows(3))
+    check(runner, gpu.model, rows(4))
+    assert len(gpu.trt.contexts) == before
+
+
+def test_an_error_that_is_kept_keeps_no_graphs(gpu: SimpleNamespace) -> None:
+    runner = lmkan_deploy.load_runner(gpu.path, cuda_graphs=True)
+    for count in range(1, 8):
+        runner.run({"x": rows(count)})
+    gpu.trt.cuda.capacity = gpu.memory.allocations
+    with pytest.raises(EngineError, match="free memory") as kept:
+        runner.run({"x": rows(9)})
+    assert kept.tb is not None
+    assert gpu.memory.allocations <= 2  # the workspace, and what the traceback has of the failed call
+
+
+def test_padded_outputs_have_a_row_for_each(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = lmkan_deploy.load_runner(gpu.path, pad_batches=True)
+    monkeypatch.setattr(Context, "get_tensor_shape", lambda *_: (16, 7))
+    with pytest.raises(
+        EngineError, match=r"output y with a row for each of the 8 .* found \[16, 7\]; leave pad"
+    ):
+        runner.run({"x": rows(7)})
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])

@@ -12,7 +12,7 @@ import pytest
 import tensorrt_rtx
 
 import lmkan_deploy
-from lmkan_deploy.engines.batches import Padded, Part, padded_sizes, split_batch
+from lmkan_deploy.engines.batches import Part, padded_sizes, split_batch
 from lmkan_deploy.engines.build import build_engine
 from lmkan_deploy.engines.device import compute_capability
 from lmkan_deploy.engines.manifest import Manifest, check_manifest, manifest_path, read_manifest
@@ -278,7 +278,7 @@ def test_padded_sizes(least: int, most: int, count: int, sizes: tuple[int, ...])
 def test_batches_are_padded() -> None:
     profiles = {"x": Profile((1, 12), (1, 12), (16, 12))}
     found = list(split_batch(BATCH, OUTPUT, profiles, {"x": (37, 12)}, (4, 8, 16)))
-    assert found == [Part(slice(0, 16)), Part(slice(16, 32)), Part(slice(32, 37), Padded(5, 8))]
+    assert found == [Part(slice(0, 16)), Part(slice(16, 32)), Part(slice(32, 37), 8)]
     assert list(split_batch(BATCH, OUTPUT, profiles, {"x": (0, 12)}, (4, 16))) == []
     # Rows that depend on each other run as they are.
     whole = [TensorSpec("y", (1,), "float32")]

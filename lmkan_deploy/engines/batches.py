@@ -8,39 +8,21 @@ from dataclasses import dataclass
 
 from lmkan_deploy.engines.profiles import Profile, Shape
 from lmkan_deploy.errors import InputError
-from lmkan_deploy.runtime.tensors import TensorSpec
-
-
-@dataclass(frozen=True)
-class Padded:
-    """Rows that are run as a larger batch.
-
-    Attributes:
-        rows: How many there are.
-        to: How many the engine runs: zeros stand behind the rows, and what comes out for them is left out.
-    """
-
-    rows: int
-    to: int
+from lmkan_deploy.runtime.tensors import TensorSpec, rows_are_free
 
 
 @dataclass(frozen=True)
 class Part:
-    """What runs at a time.
+    """Rows that run together.
 
     Attributes:
-        rows: The rows of the batch.
-        padded: Whether it runs as a larger one.
+        rows: Which ones.
+        padded_to: How many rows the engine runs: zeros stand behind these, and what comes out for them is left
+            out. None where they run as they are.
     """
 
     rows: slice
-    padded: Padded | None = None
-
-
-def rows_are_free(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
-    """Whether a batch may be cut, as far as shapes tell: every tensor leads with the same free axis."""
-    axes = {spec.shape[0] if spec.shape else 0 for spec in (*inputs, *outputs)}
-    return len(axes) == 1 and isinstance(next(iter(axes)), str)
+    padded_to: int | None = None
 
 
 def padded_sizes(
@@ -118,7 +100,7 @@ def _padded_parts(rows: int, sizes: Sequence[int]) -> Iterator[Part]:
     for first in range(0, rows, sizes[-1]):
         last = min(first + sizes[-1], rows)
         size = sizes[bisect_left(sizes, last - first)]
-        yield Part(slice(first, last), None if size == last - first else Padded(last - first, size))
+        yield Part(slice(first, last), None if size == last - first else size)
 
 
 def _bounds(inputs: Sequence[TensorSpec], profiles: Mapping[str, Profile]) -> tuple[int, int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from lmkan_deploy.engines.gpu import capturing, release_outside_captures
 from lmkan_deploy.errors import EngineError, LibraryError
 
 
@@ -24,12 +26,22 @@ class CudaGraph:
 
     def __init__(self, stream: int, enqueue: Callable[[], None]) -> None:
         self._executable: Any = None
-        self._driver = driver = import_driver()
+        self._driver = import_driver()
+        self._enqueue = enqueue  # and with it what the work needs: it is to outlive the graph
+        with capturing():
+            graph = self._capture(stream)
+        try:
+            self._executable = self._call(self._driver.cuGraphInstantiate, graph, 0)
+        finally:
+            self._call(self._driver.cuGraphDestroy, graph)
+
+    def _capture(self, stream: int) -> Any:
+        driver = self._driver
         # Other threads may allocate meanwhile, which a capture in the global mode would forbid them.
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call(driver.cuStreamBeginCapture, driver.CUstream(stream), mode)
         try:
-            enqueue()
+            self._enqueue()
         except BaseException:
             # The stream must leave the capture; what went wrong is known already.
             with contextlib.suppress(EngineError):
@@ -37,11 +49,7 @@ class CudaGraph:
                     driver.cuGraphDestroy, self._call(driver.cuStreamEndCapture, driver.CUstream(stream))
                 )
             raise
-        graph = self._call(driver.cuStreamEndCapture, driver.CUstream(stream))
-        try:
-            self._executable = self._call(driver.cuGraphInstantiate, graph, 0)
-        finally:
-            self._call(driver.cuGraphDestroy, graph)
+        return self._call(driver.cuStreamEndCapture, driver.CUstream(stream))
 
     def launch(self, stream: int) -> None:
         """Puts the work into a stream.
@@ -53,7 +61,7 @@ class CudaGraph:
 
     def __del__(self) -> None:
         if self._executable is not None:
-            self._driver.cuGraphExecDestroy(self._executable)
+            release_outside_captures(partial(self._driver.cuGraphExecDestroy, self._executable))
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         status, *results = function(*arguments)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from functools import cache
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any, Generic, TypeVar
 
 from lmkan_deploy.errors import EngineError, LibraryError
 
 T = TypeVar("T")
+
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which pycuda has no name for
+
+_thread = threading.local()
+"""`postponed`: what the thread is to release once its capture has ended; missing while there is none."""
 
 
 class Gpu:
@@ -24,7 +30,10 @@ class Gpu:
 
     def __init__(self, number: int) -> None:
         self.cuda = _import_pycuda()
-        self._context = _primary_context(self.cuda, number)
+        try:
+            self._context = _primary_context(self.cuda, number)
+        except self.cuda.Error as error:
+            raise LibraryError(f"expected to use GPU {number}, found: {error}") from error
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
@@ -33,17 +42,18 @@ class Gpu:
         Raises:
             EngineError: The driver refused something meanwhile.
         """
-        self._context.push()
         try:
-            yield
+            self._context.push()
+            try:
+                yield
+            finally:
+                self._context.pop()
         except self.cuda.MemoryError as error:
             raise EngineError(
                 f"expected more free memory on the GPU: {error}; run smaller batches, or fewer at a time"
             ) from error
         except self.cuda.Error as error:
             raise EngineError(f"the GPU failed: {error}") from error
-        finally:
-            self._context.pop()
 
     def allocate(self, size: int) -> DeviceMemory:
         """Memory of at least `size` bytes."""
@@ -51,7 +61,8 @@ class Gpu:
 
     def new_stream(self) -> OnGpu[Any]:
         """A pycuda stream."""
-        return OnGpu(self, self.cuda.Stream())
+        # Another could not be captured while some thread uses the default stream.
+        return OnGpu(self, self.cuda.Stream(_NON_BLOCKING))
 
 
 class OnGpu(Generic[T]):
@@ -65,8 +76,9 @@ class OnGpu(Generic[T]):
         self._gpu, self.value = gpu, value
 
     def __del__(self) -> None:
-        with self._gpu.current():
-            del self.value
+        held = [self.value]
+        del self.value
+        release_outside_captures(partial(_drop, self._gpu, held))
 
 
 class DeviceMemory(OnGpu[Any]):
@@ -74,6 +86,35 @@ class DeviceMemory(OnGpu[Any]):
 
     def __int__(self) -> int:
         return int(self.value)
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """For as long as the thread captures a stream, releases wait: the driver would refuse them and the capture.
+    The garbage collector may make some at any time.
+    """
+    postponed: list[Callable[[], None]] = []
+    _thread.postponed = postponed
+    try:
+        yield
+    finally:
+        del _thread.postponed
+        for release in postponed:
+            release()
+
+
+def release_outside_captures(release: Callable[[], None]) -> None:
+    """Calls a function now, or when the thread's capture has ended."""
+    postponed = getattr(_thread, "postponed", None)
+    if postponed is None:
+        release()
+    else:
+        postponed.append(release)
+
+
+def _drop(gpu: Gpu, held: list[Any]) -> None:
+    with gpu.current():
+        held.clear()
 
 
 @cache

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lmkan_deploy.engines.batches import Padded
 from lmkan_deploy.engines.cuda_graph import CudaGraph
 from lmkan_deploy.engines.gpu import DeviceMemory, Gpu, OnGpu
 from lmkan_deploy.engines.tensorrt_api import EngineRuntime, last_errors
@@ -121,12 +120,19 @@ class LoadedEngine:
             self.gpu.cuda.memset_d8_async(address + array.nbytes, 0, size - array.nbytes, stream.value)
 
     def download(
-        self, sources: Mapping[str, DeviceArray], padded: Padded | None, stream: OnGpu[Any]
+        self, sources: Mapping[str, DeviceArray], feeds: Arrays, padded_to: int | None, stream: OnGpu[Any]
     ) -> Arrays:
-        """Copies outputs to the host, and waits for the stream."""
+        """Copies outputs for the rows of the inputs to the host, and waits for the stream."""
         results = {}
         for name, source in sources.items():
-            shape = source.shape if padded is None else (padded.rows, *source.shape[1:])
+            shape = source.shape
+            if padded_to is not None:
+                if shape[0] != padded_to:
+                    raise EngineError(
+                        f"expected output {name} with a row for each of the {padded_to} of a padded batch, found "
+                        f"{list(shape)}; leave padding out"
+                    )
+                shape = (len(next(iter(feeds.values()))), *shape[1:])
             host = np.empty(shape, numpy_dtype(source.dtype))
             if host.nbytes:
                 self.gpu.cuda.memcpy_dtoh_async(_bytes_of(host), int(source.memory), stream.value)
@@ -147,21 +153,33 @@ class Lane:
         self._memory: dict[str, tuple[int, DeviceMemory]] = {}  # tensor -> bytes, allocation
         self._context = loaded.new_context()
 
-    def run(self, feeds: Arrays, padded: Padded | None = None) -> Arrays:
+    def run(self, feeds: Arrays, padded_to: int | None = None) -> Arrays:
         """From host memory to host memory."""
-        shapes = _shapes(feeds, padded)
+        shapes = _shapes(feeds, padded_to)
         addresses = {}
         for name, size in self._loaded.input_sizes(shapes).items():
             memory = self._held(name, size)
             self._loaded.upload(feeds[name], memory, size, self._stream)
             addresses[name] = int(memory)
-        return self._loaded.download(self._enqueue(shapes, addresses, self._held), padded, self._stream)
+        results = self._enqueue(shapes, addresses, self._held)
+        return self._loaded.download(results, feeds, padded_to, self._stream)
 
     def run_on_device(self, shapes: Shapes, addresses: Mapping[str, int]) -> dict[str, DeviceArray]:
         """From device memory to new device memory; waits until the outputs are complete."""
         results = self._enqueue(shapes, addresses, lambda _, size: self._loaded.gpu.allocate(size))
         self._stream.value.synchronize()
         return results
+
+    def wait(self) -> None:
+        """Waits for what a failed run has left in the stream."""
+        self._stream.value.synchronize()
+
+    def close(self) -> None:
+        """Gives up what it holds."""
+        try:
+            self.wait()
+        finally:
+            self._memory.clear()
 
     def _enqueue(
         self, shapes: Shapes, addresses: Mapping[str, int], allocate: Callable[[str, int], DeviceMemory]
@@ -192,29 +210,40 @@ class GraphLane:
         self._workspace = loaded.gpu.allocate(self._workspace_size)
         self._calls: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], _Call] = OrderedDict()
 
-    def run(self, feeds: Arrays, padded: Padded | None = None) -> Arrays:
+    def run(self, feeds: Arrays, padded_to: int | None = None) -> Arrays:
         """From host memory to host memory."""
-        call = self._call(_shapes(feeds, padded))
+        call = self._call(_shapes(feeds, padded_to))
         for name, size in call.input_sizes.items():
             self._loaded.upload(feeds[name], call.inputs[name], size, self._stream)
         self._enqueue(call)
-        return self._loaded.download(call.outputs, padded, self._stream)
+        return self._loaded.download(call.outputs, feeds, padded_to, self._stream)
 
     def run_on_device(self, shapes: Shapes, addresses: Mapping[str, int]) -> dict[str, DeviceArray]:
         """From device memory to new device memory, copied there; waits until the outputs are complete."""
-        gpu, stream = self._loaded.gpu, self._stream.value
+        gpu, stream = self._loaded.gpu, self._stream
         call = self._call(shapes)
         for name, size in call.input_sizes.items():
-            gpu.cuda.memcpy_dtod_async(int(call.inputs[name]), addresses[name], size, stream)
+            gpu.cuda.memcpy_dtod_async(int(call.inputs[name]), addresses[name], size, stream.value)
         self._enqueue(call)
         results = {}
         for name, source in call.outputs.items():
             memory = gpu.allocate(source.nbytes)
             if source.nbytes:
-                gpu.cuda.memcpy_dtod_async(int(memory), int(source.memory), source.nbytes, stream)
+                gpu.cuda.memcpy_dtod_async(int(memory), int(source.memory), source.nbytes, stream.value)
             results[name] = DeviceArray(memory, source.shape, source.dtype)
-        stream.synchronize()
+        stream.value.synchronize()
         return results
+
+    def wait(self) -> None:
+        """See `Lane.wait`."""
+        self._stream.value.synchronize()
+
+    def close(self) -> None:
+        """See `Lane.close`."""
+        try:
+            self.wait()
+        finally:
+            self._calls.clear()
 
     def _call(self, shapes: Shapes) -> _Call:
         key = tuple(sorted(shapes.items()))
@@ -267,11 +296,11 @@ class _Call:
     graph: CudaGraph | None = None
 
 
-def _shapes(feeds: Arrays, padded: Padded | None) -> Shapes:
+def _shapes(feeds: Arrays, padded_to: int | None) -> Shapes:
     """Shapes that the engine runs."""
-    if padded is None:
+    if padded_to is None:
         return {name: array.shape for name, array in feeds.items()}
-    return {name: (padded.to, *array.shape[1:]) for name, array in feeds.items()}
+    return {name: (padded_to, *array.shape[1:]) for name, array in feeds.items()}
 
 
 def _bytes_of(array: NDArray[Any]) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lmkan_deploy.engines.batches import Part, padded_sizes, rows_are_free, split_batch
+from lmkan_deploy.engines.batches import Part, padded_sizes, split_batch
 from lmkan_deploy.engines.cuda_graph import import_driver
 from lmkan_deploy.engines.device import compute_capability
 from lmkan_deploy.engines.gpu import Gpu, OnGpu
@@ -20,7 +20,7 @@ from lmkan_deploy.engines.manifest import check_manifest, read_manifest
 from lmkan_deploy.engines.plugin import find_plugin, load_plugin
 from lmkan_deploy.engines.tensorrt_api import EngineRuntime, import_tensorrt, last_errors, make_log
 from lmkan_deploy.errors import EngineError, InputError
-from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs, numpy_dtype
+from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs, numpy_dtype, rows_are_free
 
 # TensorRT's type names and NumPy's.
 _DTYPES = {
@@ -107,7 +107,7 @@ class EngineRunner:
             return self._empty()
         with self._lane() as lane:
             results = [
-                lane.run({n: np.ascontiguousarray(a[part.rows]) for n, a in feeds.items()}, part.padded)
+                lane.run({n: np.ascontiguousarray(a[part.rows]) for n, a in feeds.items()}, part.padded_to)
                 for part in parts
             ]
         if len(results) == 1:
@@ -174,8 +174,15 @@ class EngineRunner:
                 lane = self._idle_lanes.pop()
             except IndexError:
                 lane = self._new_lane(self._loaded)
-            yield lane
-            # Not after a failure: its stream may be broken.
+            try:
+                yield lane
+            except InputError:  # the lane is as good as before
+                lane.wait()
+                self._idle_lanes.append(lane)
+                raise
+            except BaseException:
+                lane.close()  # whoever keeps the error keeps the lane, by its traceback
+                raise
             self._idle_lanes.append(lane)
 
 

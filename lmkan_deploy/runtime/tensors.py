@@ -34,6 +34,12 @@ class TensorSpec:
         return f"{self.name} {self.dtype}[{', '.join('?' if d is None else str(d) for d in self.shape)}]"
 
 
+def rows_are_free(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
+    """Whether rows are independent as far as shapes tell: every tensor leads with the same free axis."""
+    axes = {spec.shape[0] if spec.shape else 0 for spec in (*inputs, *outputs)}
+    return len(axes) == 1 and isinstance(next(iter(axes)), str)
+
+
 @functools.cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """NumPy dtype of a name; "bfloat16" is ml_dtypes's."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections import deque
 from collections.abc import Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmkan_deploy.runtime.runner import Runner
-from lmkan_deploy.runtime.tensors import Arrays, check_inputs, numpy_dtype
+from lmkan_deploy.runtime.tensors import Arrays, check_inputs, numpy_dtype, rows_are_free
 from lmkan_deploy.serving.errors import OverloadedError, UnavailableError
 
 INLINE_SECONDS = 1e-3
@@ -84,12 +85,6 @@ class _Group:
     rows: int = 0
 
 
-def batch_axis(runner: Runner) -> bool:
-    """Whether rows are independent as far as shapes tell: every tensor leads with the same free axis."""
-    axes = {spec.shape[0] if spec.shape else 0 for spec in (*runner.inputs, *runner.outputs)}
-    return len(axes) == 1 and isinstance(next(iter(axes)), str)
-
-
 class Batcher:
     """Runs one model for many callers.
 
@@ -104,7 +99,7 @@ class Batcher:
 
     def __init__(self, runner: Runner, options: BatchingOptions, observer: BatchObserver) -> None:
         self._runner, self._options, self._observer = runner, options, observer
-        self.joins = batch_axis(runner)
+        self.joins = rows_are_free(runner.inputs, runner.outputs)
         # Name, type and sizes behind the batch where there is one input of fixed size: quick to check.
         self._only_input: tuple[str, np.dtype[Any], tuple[int, ...]] | None = None
         if self.joins and len(runner.inputs) == 1:
@@ -308,11 +303,11 @@ class Batcher:
             rows = sum(part.rows for part in batch)
             self._observer.ran(rows, len(batch), seconds)
             if isinstance(outcome, Exception):
-                raise outcome
-            self._answer(batch, outcome)
-        except Exception as error:  # the model's, or there is no memory for the answers
-            for part in batch:
-                _fail(part.request, error)
+                _fail(batch, outcome)
+            else:
+                self._answer(batch, outcome)
+        except Exception as error:  # there is no memory for the answers
+            _fail(batch, error)
         finally:
             self._plan(asyncio.get_running_loop())
             self._rest()
@@ -359,12 +354,22 @@ def _timed(runner: Runner, parts: list[Mapping[str, NDArray[Any]]]) -> tuple[Arr
     try:
         feeds = _joined(parts)
         started = time.perf_counter()
-        outcome: Arrays | Exception = runner.run(feeds)
+        return runner.run(feeds), time.perf_counter() - started
     except Exception as error:
-        outcome = error
-    return outcome, time.perf_counter() - started
+        _clear_frames(error)
+        return error, time.perf_counter() - started
 
 
-def _fail(request: _Request, error: Exception) -> None:
-    if not request.future.done():
-        request.future.set_exception(error)
+def _clear_frames(error: BaseException | None) -> None:
+    """Lets go of what the frames of tracebacks hold, such as memory of a GPU. The request has its error, which
+    has its frames, which lead back to the request: all that would wait for the garbage collector.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _fail(batch: list[_Part], error: Exception) -> None:
+    for part in batch:
+        if not part.request.future.done():
+            part.request.future.set_exception(error)

@@ -17,8 +17,8 @@ import numpy as np
 from lmkan_deploy.errors import LmkanError, ModelError
 from lmkan_deploy.model_name import check_model_name, is_model_name
 from lmkan_deploy.runtime.runner import Runner, RuntimeName, load_runner
-from lmkan_deploy.runtime.tensors import random_inputs
-from lmkan_deploy.serving.batching import Batcher, BatchingOptions, batch_axis
+from lmkan_deploy.runtime.tensors import random_inputs, rows_are_free
+from lmkan_deploy.serving.batching import Batcher, BatchingOptions
 from lmkan_deploy.serving.errors import NotFoundError, UnavailableError
 from lmkan_deploy.serving.metrics import Metrics, ModelMetrics
 
@@ -310,7 +310,7 @@ def _open_and_try(load: Load, file: Path, options: BatchingOptions) -> Runner:
         runner = load(file)
     started = time.perf_counter()
     batches = {1}
-    if batch_axis(runner):
+    if rows_are_free(runner.inputs, runner.outputs):
         padded = getattr(runner, "batch_sizes", None) or ()
         batches |= {options.max_batch, *(rows for rows in padded if rows < options.max_batch)}
     for rows in sorted(batches):

@@ -53,9 +53,10 @@ double WeightRounding(const std::vector<Position>& positions, int64_t pair) {
   const int64_t end = std::min(begin + 2 * kGroupPairs, static_cast<int64_t>(positions.size()));
   double largest = 0;
   for (int64_t i = begin; i < end; ++i) {
-    const double distance = std::fabs(positions[i].d - 0.5) - positions[i].error - kRoundoff;
-    if (distance > kFarthestCoarseFit) return 0;
-    largest = std::max(largest, distance > kFarthestFit ? 0x1p-12 : 0x1p-15);
+    const double distance = std::fabs(positions[i].d - 0.5);
+    const double error = positions[i].error + kRoundoff;
+    if (distance - error > kFarthestCoarseFit) return 0;
+    largest = std::max(largest, distance + error > kFarthestFit ? 0x1p-12 : 0x1p-15);
   }
   return largest;
 }
