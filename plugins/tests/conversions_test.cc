@@ -62,13 +62,13 @@ void TestEveryTableEntry(lmkan_isa isa) {
 }
 
 // y is the entry times the scale, rounded to float32 once, for all scales that are multiples of
-// 2^-135: a scale is stored in units of 2^-14.
+// 2^-127: a scale is stored in units of 2^-14, or of 2^-22 in compact tables.
 void TestEveryInt8Entry(lmkan_isa isa) {
   constexpr float kLargest = std::numeric_limits<float>::max();
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   constexpr float kScales[] = {1.0f,           0.1f,      -1.0f / 3,  0.0f,
-                               -0.0f,          0x1p-126f, 0x1p-135f,  -0x3p-135f,
+                               -0.0f,          0x1p-126f, 0x1p-127f,  -0x3p-127f,
                                kLargest / 128, kLargest,  -kInfinity, kNan};
   Array entries(LMKAN_INT8, 256 * static_cast<int64_t>(std::size(kScales)));
   std::vector<float> scales;

@@ -12,8 +12,8 @@ namespace {
 // Unit roundoff of float32, in which kernels find cells and add up corners.
 constexpr double kRoundoff = 0x1p-24;
 
-// Half of the smallest float32 times an entry of 128 and a weight of 1 in units of 2^-14.
-constexpr double kInt8Underflow = 0x1p-150 * 128 * 0x1p14;
+// Half of the smallest float32 times an entry of 128 and a weight of 1, together in units of 2^-22.
+constexpr double kInt8Underflow = 0x1p-150 * 128 * 0x1p22;
 
 double Sigma(double x) { return x <= 0 ? 0.5 * std::exp(x) : 1.0 - 0.5 * std::exp(-x); }
 

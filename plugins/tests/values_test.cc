@@ -73,13 +73,13 @@ void TestShape(const Shape& shape, lmkan_isa isa, uint64_t seed) {
 
 // Every position around the outermost cells in which weights are rounded, with the entries that
 // make the largest sums of integers: -128 and 127 in all patterns of signs.
-void TestLargestIntegers(lmkan_isa isa) {
+void TestLargestIntegers(lmkan_isa isa, int64_t outputs, lmkan_ownership ownership) {
   constexpr int64_t kSteps = 111;  // fiftieths of a cell, -0.6 ... 1.6
-  const Shape shape = {1, 4, 4, kSteps * kSteps};
+  const Shape shape = {1, 4, outputs, kSteps * kSteps};
   Table table(shape, LMKAN_INT8);
-  for (int64_t o = 0; o < 4; ++o) table.scales.Set(o, 0.01);
+  for (int64_t o = 0; o < outputs; ++o) table.scales.Set(o, 0.01);
   for (int64_t i = 0; i < table.entries.size(); ++i) {
-    const int64_t o = i % 4, i2 = i / 4 % 5, i1 = i / 20;
+    const int64_t o = i % outputs % 4, i2 = i / outputs % 5, i1 = i / outputs / 5;
     table.entries.Set(i, (i1 * (o / 2) + i2 * (o % 2)) % 2 == 0 ? -128 : 127);
   }
   const double width = GridPoint(4, 1) - GridPoint(4, 0);
@@ -92,14 +92,15 @@ void TestLargestIntegers(lmkan_isa isa) {
     x.Set(2 * r, feature(r / kSteps));
     x.Set(2 * r + 1, feature(r % kSteps));
   }
-  const TableHandle handle = CreateTable(table, LMKAN_COPY, isa);
+  const TableHandle handle = CreateTable(table, ownership, isa);
   Array y(LMKAN_FLOAT32, shape.y_size());
   if (handle == nullptr ||
       !Lookup(handle.get(), LMKAN_FLOAT32, x.data(), y.data(), shape.rows, 1)) {
     return;
   }
   ExpectClose(shape, Evaluate(shape, x.ToDoubles(), table.ToDoubles(), LMKAN_INT8), y,
-              Describe(isa, LMKAN_INT8, LMKAN_FLOAT32, LMKAN_COPY) + ", largest integers");
+              Describe(isa, LMKAN_INT8, LMKAN_FLOAT32, ownership) + ", largest integers, " +
+                  shape.ToString());
 }
 
 // AUTO is one of the instruction sets that this processor has, to the last bit.
@@ -136,7 +137,8 @@ int main(int argc, char** argv) {
   return RunForIsa(argc, argv, [](lmkan_isa isa) {
     uint64_t seed = 0;
     for (const Shape& shape : MakeShapes()) TestShape(shape, isa, seed += 2);
-    TestLargestIntegers(isa);
+    TestLargestIntegers(isa, 4, LMKAN_COPY);
+    TestLargestIntegers(isa, 64, LMKAN_BORROW);  // a compact table
     TestAuto(isa);
   });
 }

@@ -49,7 +49,8 @@ enum { LMKAN_ISA_AUTO = 0, LMKAN_ISA_PORTABLE = 1, LMKAN_ISA_AVX2 = 2, LMKAN_ISA
 
 /* COPY repacks the table for the kernels and lets go of the caller's memory. BORROW reads the
  * caller's memory where its type and layout allow that (no copy, somewhat slower lookups); the
- * caller keeps it alive and unchanged for the life of the handle. */
+ * caller keeps it alive and unchanged for the life of the handle. An INT8 table is always copied:
+ * with BORROW in the smaller of two layouts, with COPY in the one that is expected to be faster. */
 typedef int32_t lmkan_ownership;
 enum { LMKAN_COPY = 0, LMKAN_BORROW = 1 };
 

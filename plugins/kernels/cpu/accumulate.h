@@ -34,6 +34,9 @@ namespace {
 
 inline constexpr int64_t kCacheLine = 64;
 
+template <class T>
+inline constexpr bool kIsInt8 = std::is_same_v<T, Int8Pair> || std::is_same_v<T, Int8Entry>;
+
 // Asks for memory that the next pass reads; it may be any address.
 inline void PrefetchToL2(uintptr_t address) {
 #if defined(__GNUC__)
@@ -69,7 +72,7 @@ class Prefetcher {
 
   LMKAN_ALWAYS_INLINE void Corners(int64_t pair) const {
     int64_t cell = record_->cell[pair];
-    if (std::is_same_v<T, Int8Pair> && cell < 0) cell = ~cell;
+    if (kIsInt8<T> && cell < 0) cell = ~cell;
     const int64_t first = pair * strides_.pair + cell * strides_.cell;
     for (const int64_t line : {int64_t{0}, strides_.line}) {
       PrefetchToL2(address_ + static_cast<uintptr_t>(first + line) * sizeof(T));
@@ -142,7 +145,7 @@ template <class V, class T, int kBlockVectors, int kPairs, int kVectors>
 LMKAN_ALWAYS_INLINE void AddGroup(const T* slices, const float* scales, const TableStrides& strides,
                                   const CellRecord& record, typename V::Reg (&sums)[kVectors]) {
   constexpr std::make_integer_sequence<int, kPairs> pairs;
-  if constexpr (std::is_same_v<T, Int8Pair>) {
+  if constexpr (kIsInt8<T>) {
     static_assert(kBlockVectors == kVectors, "one block");
     AddInt8Pairs<V>(slices, scales, strides, record, sums, pairs);
   } else {
@@ -154,6 +157,7 @@ LMKAN_ALWAYS_INLINE void AddGroup(const T* slices, const float* scales, const Ta
 // One group of pairs, all rows.
 template <class V, class T, int kVectors, int kPairs>
 void AccumulateGroup(const AccumulateArgs& args) {
+  using Parts = Int8Parts<V, T>;
   const T* slices = static_cast<const T*>(args.slices);
   const float* scales = args.scales;
   const TableStrides strides = args.strides;
@@ -165,31 +169,39 @@ void AccumulateGroup(const AccumulateArgs& args) {
   const float* in = args.sums;
   float* out = args.out;
   const int64_t out_stride = args.out_stride;
-  for (int64_t r = 0; r < rows; ++r, ++record, in += kVectors * V::kLanes, out += out_stride) {
-    typename V::Reg sums[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      sums[v] = is_first ? V::Zero() : V::Load(in + v * V::kLanes);
+  for (int64_t r = 0; r < rows; ++r, ++record) {
+    for (int part = 0; part < Parts::kParts; ++part) {
+      typename V::Reg sums[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        sums[v] = is_first ? V::Zero() : V::Load(in + (v * Parts::kParts + part) * V::kLanes);
+      }
+      AddGroup<V, T, kVectors, kPairs>(slices + part * Parts::kPartEntries,
+                                       scales + part * V::kLanes, strides, *record, sums);
+      for (int v = 0; v < kVectors; ++v) {
+        V::Store(out + (v * Parts::kParts + part) * V::kLanes, sums[v]);
+      }
     }
-    AddGroup<V, T, kVectors, kPairs>(slices, scales, strides, *record, sums);
-    for (int v = 0; v < kVectors; ++v) V::Store(out + v * V::kLanes, sums[v]);
+    in += Parts::kParts * kVectors * V::kLanes;
+    out += out_stride;
     // After the row, not before it: its loads come first.
     prefetcher.Row();
   }
 }
 
-// One row, all groups: blocks of kBlockVectors vectors, kVectors in all.
+// One row, all groups, one part: blocks of kBlockVectors vectors, kVectors in all.
 template <class V, class T, int kBlockVectors, int kVectors>
-void AccumulateRow(const AccumulateRowArgs& args) {
+LMKAN_ALWAYS_INLINE void AccumulateRowPart(const AccumulateRowArgs& args, int part) {
+  using Parts = Int8Parts<V, T>;
   typename V::Reg sums[kVectors];
   for (int v = 0; v < kVectors; ++v) sums[v] = V::Zero();
-  const T* slices = static_cast<const T*>(args.slices);
-  const float* scales = args.scales;
+  const T* slices = static_cast<const T*>(args.slices) + part * Parts::kPartEntries;
+  const float* scales = args.scales + part * V::kLanes;
   const CellRecord* record = args.records;
   const TableStrides strides = args.strides;
   for (int64_t g = args.num_pairs / kGroupPairs; g > 0; --g) {
     AddGroup<V, T, kBlockVectors, kGroupPairs>(slices, scales, strides, *record, sums);
     slices += kGroupPairs * strides.pair;
-    if (std::is_same_v<T, Int8Pair>) scales += kGroupPairs * kVectors * V::kLanes;
+    if (kIsInt8<T>) scales += kGroupPairs * Parts::kParts * kVectors * V::kLanes;
     record += args.record_stride;
   }
   switch (args.num_pairs % kGroupPairs) {
@@ -205,7 +217,16 @@ void AccumulateRow(const AccumulateRowArgs& args) {
     default:
       break;
   }
-  for (int v = 0; v < kVectors; ++v) V::Store(args.sums + v * V::kLanes, sums[v]);
+  for (int v = 0; v < kVectors; ++v) {
+    V::Store(args.sums + (v * Parts::kParts + part) * V::kLanes, sums[v]);
+  }
+}
+
+template <class V, class T, int kBlockVectors, int kVectors>
+void AccumulateRow(const AccumulateRowArgs& args) {
+  for (int part = 0; part < Int8Parts<V, T>::kParts; ++part) {
+    AccumulateRowPart<V, T, kBlockVectors, kVectors>(args, part);
+  }
 }
 
 template <class V, class T, int kVectors>
@@ -236,6 +257,18 @@ void Accumulate(const AccumulateArgs& args) {
   WithVectors<kMaxBlockOutputs / V::kLanes>(args.width / V::kLanes, [&args](auto vectors) {
     AccumulateGroupOf<V, T, decltype(vectors)::value>(args);
   });
+}
+
+// Compact INT8 tables, whose blocks all have the same width.
+template <class V>
+void AccumulateCompact(const AccumulateArgs& args) {
+  AccumulateGroupOf<V, Int8Entry, Int8Parts<V, Int8Entry>::kVectors>(args);
+}
+
+template <class V>
+void AccumulateOneRowOfCompact(const AccumulateRowArgs& args) {
+  constexpr int kVectors = Int8Parts<V, Int8Entry>::kVectors;
+  AccumulateRow<V, Int8Entry, kVectors, kVectors>(args);
 }
 
 template <class V, class T>

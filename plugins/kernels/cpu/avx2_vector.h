@@ -72,6 +72,21 @@ struct Avx2Vector {
   static IntReg WidenPairs(const Int8Pair* pairs) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(pairs)));
   }
+  static IntReg LoadEntries(const Int8Entry* entries) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries));
+  }
+  static IntReg InterleaveWordsLow(const Int8Entry* a, const Int8Entry* b) {
+    return _mm256_unpacklo_epi16(LoadEntries(a), LoadEntries(b));
+  }
+  static IntReg InterleaveWordsHigh(const Int8Entry* a, const Int8Entry* b) {
+    return _mm256_unpackhi_epi16(LoadEntries(a), LoadEntries(b));
+  }
+  static IntReg LowerBytes(IntReg reg) { return _mm256_slli_epi16(reg, 8); }
+  static IntReg UpperBytes(IntReg reg) { return _mm256_and_si256(reg, _mm256_set1_epi16(-256)); }
+  static IntReg DivideHalves(IntReg reg) {
+    static_assert(kHalvesDivisor == 8);
+    return _mm256_srai_epi16(reg, 3);
+  }
   static IntReg MultiplyPairs(IntReg a, IntReg b) { return _mm256_madd_epi16(a, b); }
   static IntReg MultiplyAddPairs(IntReg a, IntReg b, IntReg c) {
     return _mm256_add_epi32(MultiplyPairs(a, b), c);

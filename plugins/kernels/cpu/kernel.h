@@ -44,10 +44,35 @@ struct Int8Pair {
   int8_t corner[2];  // (i1, i2), (i1, i2 + 1)
 };
 
+// An entry of a compact INT8 table, alone: half the memory, but more instructions. All blocks of
+// such a table are kCompactBlockOutputs wide, and output o is entry CompactOffset(o) of a corner.
+struct Int8Entry {
+  int8_t corner;
+};
+inline constexpr int64_t kCompactBlockOutputs = 64;
+
+// The kernels interleave 16-bit words of a corner with those of its right neighbour, the lower or
+// the upper half of every 16 bytes, and then take the lower or the upper byte of each: four
+// quarters of the outputs, which this offset makes contiguous ones.
+constexpr int64_t CompactOffset(int64_t output) {
+  const int64_t quarter = output / 16;
+  const int64_t part = output % 16 / 4;
+  return 16 * part + quarter % 2 * 8 + output % 4 * 2 + quarter / 2;
+}
+
+// Index of a table of Int8Entry in the arrays of KernelSet; other tables have their lmkan_dtype.
+inline constexpr int kCompactInt8 = 4;
+
 // Fixed-point corner weights for INT8 tables are multiples of 1 / kWeightOne, coarse ones of
 // kCoarseUnit / kWeightOne.
 inline constexpr float kWeightOne = 16384.0f;
 inline constexpr float kCoarseUnit = 8.0f;
+
+// An Int8Entry is read as the upper byte of a 16-bit integer, so times kEntryMultiple, and divided
+// by kHalvesDivisor where it meets coarse weights: otherwise the sum of a pair might not fit 32
+// bits.
+inline constexpr float kEntryMultiple = 256.0f;
+inline constexpr float kHalvesDivisor = 8.0f;
 
 // Positions within this distance of a cell's centre have weights below 2: 0.91 + 0.5 squared. And
 // those that are below 16, for which coarse ones fit.
@@ -131,15 +156,18 @@ struct StoreArgs {
 };
 
 // One instruction set. The arrays are indexed by lmkan_dtype: of x for find_cells and store, of the
-// table for accumulate.
+// table, or kCompactInt8, for accumulate.
 struct KernelSet {
   const char* name;
   int lanes;  // float32 values in a vector; a block's width is a multiple
   void (*find_cells[3])(const FindCellsArgs&);
   void (*round_weights)(const RoundWeightsArgs&);
-  void (*accumulate[4])(const AccumulateArgs&);
-  void (*accumulate_row[4])(const AccumulateRowArgs&);
-  int64_t row_outputs[4];  // accumulate_row takes as many full blocks at once, but at least one
+  void (*accumulate[5])(const AccumulateArgs&);
+  void (*accumulate_row[5])(const AccumulateRowArgs&);
+  int64_t row_outputs[5];  // accumulate_row takes as many full blocks at once, but at least one
+  // An INT8 table is faster as a compact one if its Int8Pairs take as many bytes.
+  int64_t compact_bytes;
+  static constexpr int64_t kNeverCompact = INT64_MAX;  // no kernels for it
   void (*store[3])(const StoreArgs&);
 };
 

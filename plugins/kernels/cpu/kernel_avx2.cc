@@ -25,10 +25,13 @@ const KernelSet kAvx2Kernels = {
     {FindCellsAvx2<float>, FindCellsAvx2<Float16>, FindCellsAvx2<BFloat16>},
     RoundWeights<Avx2Vector>,
     {Accumulate<Avx2Vector, float>, Accumulate<Avx2Vector, Float16>,
-     Accumulate<Avx2Vector, BFloat16>, Accumulate<Avx2Vector, Int8Pair>},
+     Accumulate<Avx2Vector, BFloat16>, Accumulate<Avx2Vector, Int8Pair>,
+     AccumulateCompact<Avx2Vector>},
     {AccumulateOneRowOfFloats, AccumulateOneRow<Avx2Vector, Float16>,
-     AccumulateOneRow<Avx2Vector, BFloat16>, AccumulateOneRow<Avx2Vector, Int8Pair>},
-    {64, 1, 1, 1},
+     AccumulateOneRow<Avx2Vector, BFloat16>, AccumulateOneRow<Avx2Vector, Int8Pair>,
+     AccumulateOneRowOfCompact<Avx2Vector>},
+    {64, 1, 1, 1, 1},
+    int64_t{32} << 20,  // where caches no longer hold it
     {StoreRows<Avx2Vector, float>, StoreRows<Avx2Vector, Float16>, StoreRows<Avx2Vector, BFloat16>},
 };
 

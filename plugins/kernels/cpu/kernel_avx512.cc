@@ -28,6 +28,18 @@ struct Avx512Vector {
   static IntReg WidenPairs(const Int8Pair* pairs) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs)));
   }
+  static IntReg InterleaveWordsLow(const Int8Entry* a, const Int8Entry* b) {
+    return _mm512_unpacklo_epi16(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
+  }
+  static IntReg InterleaveWordsHigh(const Int8Entry* a, const Int8Entry* b) {
+    return _mm512_unpackhi_epi16(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
+  }
+  static IntReg LowerBytes(IntReg reg) { return _mm512_slli_epi16(reg, 8); }
+  static IntReg UpperBytes(IntReg reg) { return _mm512_and_si512(reg, _mm512_set1_epi16(-256)); }
+  static IntReg DivideHalves(IntReg reg) {
+    static_assert(kHalvesDivisor == 8);
+    return _mm512_srai_epi16(reg, 3);
+  }
   static IntReg MultiplyPairs(IntReg a, IntReg b) { return _mm512_madd_epi16(a, b); }
   static IntReg MultiplyAddPairs(IntReg a, IntReg b, IntReg c) {
     return _mm512_dpwssd_epi32(c, a, b);
@@ -89,10 +101,12 @@ const KernelSet kAvx512Kernels = {
     {FindCellsAvx2<float>, FindCellsAvx2<Float16>, FindCellsAvx2<BFloat16>},
     RoundWeights<Avx2Vector>,
     {AccumulateFloats, Accumulate<Avx2Vector, Float16>, Accumulate<Avx2Vector, BFloat16>,
-     AccumulateInt8},
+     AccumulateInt8, AccumulateCompact<Avx512Vector>},
     {AccumulateOneRowOfFloats, AccumulateOneRowOfHalves<Float16>,
-     AccumulateOneRowOfHalves<BFloat16>, AccumulateOneRowOfInt8},
-    {128, 64, 64, 1},
+     AccumulateOneRowOfHalves<BFloat16>, AccumulateOneRowOfInt8,
+     AccumulateOneRowOfCompact<Avx512Vector>},
+    {128, 64, 64, 1, 1},
+    0,
     {StoreRows<Avx2Vector, float>, StoreRows<Avx2Vector, Float16>, StoreRows<Avx2Vector, BFloat16>},
 };
 

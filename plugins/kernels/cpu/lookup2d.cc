@@ -68,7 +68,7 @@ class Scratch {
   // False when there is no memory.
   bool Allocate(int64_t groups, int64_t rows) {
     const int64_t record_bytes = RoundUpToCacheLine(groups * rows * int64_t{sizeof(CellRecord)});
-    const int64_t sums = std::max<int64_t>(rows * kMaxBlockOutputs, kMaxRowOutputs);
+    const int64_t sums = std::max<int64_t>(rows * kCompactBlockOutputs, kMaxRowOutputs);
     const int64_t sum_bytes = RoundUpToCacheLine(sums * int64_t{sizeof(float)});
     char* memory = stack_;
     if (record_bytes + sum_bytes > static_cast<int64_t>(sizeof stack_)) {
@@ -139,8 +139,8 @@ Block Together(const lmkan_cpu_table& table, const Block& first, int64_t count) 
 int64_t BlocksAtOnce(const lmkan_cpu_table& table, int64_t b, int64_t end, int64_t rows) {
   if (rows != 1 || table.num_blocks * table.block(0).strides.block > kSpreadTable) return 1;
   const int64_t width = table.block(b).width;
-  const int64_t most =
-      std::min(end - b, std::max<int64_t>(1, table.kernels->row_outputs[table.dtype] / width));
+  const int64_t most = std::min(
+      end - b, std::max<int64_t>(1, table.kernels->row_outputs[table.kernel_index()] / width));
   return table.block(b + most - 1).width == width ? most : std::max<int64_t>(1, most - 1);
 }
 
@@ -175,7 +175,7 @@ void AccumulateFewRows(const lmkan_cpu_table& table, const Block& block, int64_t
   for (int64_t r = 0; r < rows; ++r) {
     args.records = scratch.records() + r;
     args.sums = sums.data + r * sums.stride;
-    table.kernels->accumulate_row[table.dtype](args);
+    table.kernels->accumulate_row[table.kernel_index()](args);
   }
 }
 
@@ -216,7 +216,7 @@ void AccumulateManyRows(const lmkan_cpu_table& table, const Block& block, const 
     } else if (next_block != nullptr) {
       FetchNext(table, *next_block, 0, scratch, &args);
     }
-    table.kernels->accumulate[table.dtype](args);
+    table.kernels->accumulate[table.kernel_index()](args);
   }
 }
 

@@ -173,13 +173,27 @@ void PackInt8(const lmkan_cpu_table& table, const int8_t* from, Int8Pair* to) {
   }
 }
 
+void PackCompactInt8(const lmkan_cpu_table& table, const int8_t* from, Int8Entry* to) {
+  for (int64_t b = 0; b < table.num_blocks; ++b) {
+    const Block block = table.block(b);
+    Int8Entry* row = to + block.offset;
+    const int8_t* source = from + block.first_output;
+    for (int64_t i = 0; i < table.num_pairs * table.num_cells(); ++i) {
+      for (int64_t o = 0; o < block.outputs; ++o) row[CompactOffset(o)].corner = source[o];
+      row += block.width;
+      source += table.num_outputs;
+    }
+  }
+}
+
 void PackScales(const lmkan_cpu_table& table, const float* from, float* to) {
+  const float one = table.compact ? kWeightOne * kEntryMultiple : kWeightOne;
   for (int64_t b = 0; b < table.num_blocks; ++b) {
     const Block block = table.block(b);
     float* row = to + block.scales;
     for (int64_t pair = 0; pair < table.num_pairs; ++pair, row += block.width) {
       const float* source = from + pair * table.num_outputs + block.first_output;
-      for (int64_t o = 0; o < block.outputs; ++o) row[o] = source[o] / kWeightOne;
+      for (int64_t o = 0; o < block.outputs; ++o) row[o] = source[o] / one;
     }
   }
 }
@@ -199,12 +213,26 @@ int64_t SecondLevelCache() {
 // corner should fill a cache line.
 int64_t BlockOutputs(const lmkan_cpu_table& table, lmkan_ownership ownership) {
   constexpr int64_t kCacheLine = 64;
+  if (table.compact) return kCompactBlockOutputs;
   // Borrowed corners lie num_outputs apart, which is no better for narrow blocks.
   if (ownership == LMKAN_BORROW && table.dtype != LMKAN_INT8) return kMaxBlockOutputs;
   const int64_t element = table.element_size();
   const int64_t widest_slice = kGroupPairs * table.num_cells() * kMaxBlockOutputs * element;
   if (widest_slice <= SecondLevelCache() / 8) return kMaxBlockOutputs;
   return kCacheLine / element;
+}
+
+// Whether an INT8 table is stored as Int8Entries: where that is faster, or the caller wants memory
+// spared, unless blocks that aren't full would waste what it saves.
+bool IsCompact(const lmkan_cpu_table& table, lmkan_ownership ownership) {
+  if (table.dtype != LMKAN_INT8 || table.kernels->compact_bytes == KernelSet::kNeverCompact) {
+    return false;
+  }
+  const int64_t unused = kCompactBlockOutputs - 1 - (table.num_outputs - 1) % kCompactBlockOutputs;
+  if (unused > table.num_outputs / 4) return false;
+  const int64_t bytes =
+      table.num_pairs * table.num_cells() * table.num_outputs * int64_t{sizeof(Int8Pair)};
+  return ownership == LMKAN_BORROW || bytes >= table.kernels->compact_bytes;
 }
 
 lmkan_status Create(const lmkan_table_desc* desc, lmkan_ownership ownership, lmkan_isa isa,
@@ -232,6 +260,7 @@ lmkan_status Create(const lmkan_table_desc* desc, lmkan_ownership ownership, lmk
   table->num_pairs = desc->num_pairs;
   table->num_grids = desc->num_grids;
   table->num_outputs = desc->num_outputs;
+  table->compact = IsCompact(*table, ownership);
   table->block_outputs = BlockOutputs(*table, ownership);
   table->num_blocks = (desc->num_outputs + table->block_outputs - 1) / table->block_outputs;
 
@@ -265,8 +294,12 @@ lmkan_status Create(const lmkan_table_desc* desc, lmkan_ownership ownership, lmk
       return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for scales of %zu bytes", bytes);
     }
     PackScales(*table, desc->scales, table->scales.get());
-    PackInt8(*table, static_cast<const int8_t*>(desc->data),
-             static_cast<Int8Pair*>(table->storage.get()));
+    const auto* entries = static_cast<const int8_t*>(desc->data);
+    if (table->compact) {
+      PackCompactInt8(*table, entries, static_cast<Int8Entry*>(table->storage.get()));
+    } else {
+      PackInt8(*table, entries, static_cast<Int8Pair*>(table->storage.get()));
+    }
   } else if (table->packed) {
     PackFloats(*table, static_cast<const char*>(desc->data),
                static_cast<char*>(table->storage.get()));
@@ -283,7 +316,8 @@ Block lmkan_cpu_table::block(int64_t index) const {
   block.first_output = index * block_outputs;
   const int64_t left = num_outputs - block.first_output;
   block.outputs = left < block_outputs ? left : block_outputs;
-  block.width = (block.outputs + kernels->lanes - 1) / kernels->lanes * kernels->lanes;
+  const int64_t multiple = compact ? lmkan::cpu::kCompactBlockOutputs : kernels->lanes;
+  block.width = (block.outputs + multiple - 1) / multiple * multiple;
   block.strides.cell = packed ? block.width : num_outputs;
   block.strides.line = (num_grids + 1) * block.strides.cell;
   block.strides.pair = num_cells() * block.strides.cell;

@@ -36,7 +36,8 @@ struct Block {
 
 // The handle of the C interface. A copied table is stored block by block,
 // [block][pair][cell][width]: one pair of a block is contiguous, so it occupies all sets of a cache
-// evenly, which rows of a power of two outputs would not. Entries of INT8 tables become Int8Pairs.
+// evenly, which rows of a power of two outputs would not. Entries of INT8 tables become Int8Pairs,
+// in compact ones Int8Entries.
 struct lmkan_cpu_table {
   const lmkan::cpu::KernelSet* kernels = nullptr;
   lmkan_dtype dtype = LMKAN_FLOAT32;
@@ -46,13 +47,16 @@ struct lmkan_cpu_table {
   int64_t block_outputs = 0;  // of all blocks but the last
   int64_t num_blocks = 0;
   bool packed = false;
+  bool compact = false;  // an INT8 table of Int8Entries
   const void* data = nullptr;
   lmkan::cpu::Buffer<void> storage;  // owns data when packed
-  lmkan::cpu::Buffer<float> scales;  // INT8: [block][pair][width] / kWeightOne; otherwise null
+  lmkan::cpu::Buffer<float> scales;  // INT8: [block][pair][width], for the kernels' integers
   lmkan::cpu::Buffer<lmkan::cpu::GridCell> grid_cells;  // num_grids
 
   // Bytes between two outputs of a stored corner.
-  int64_t element_size() const { return dtype == LMKAN_FLOAT32 ? 4 : 2; }
+  int64_t element_size() const { return dtype == LMKAN_FLOAT32 ? 4 : compact ? 1 : 2; }
+  // Of this table in the arrays of KernelSet.
+  int kernel_index() const { return compact ? lmkan::cpu::kCompactInt8 : dtype; }
   int64_t num_cells() const { return (num_grids + 1) * (num_grids + 1); }
   lmkan::cpu::Grid grid() const { return {static_cast<int32_t>(num_grids), grid_cells.get()}; }
   lmkan::cpu::Block block(int64_t index) const;
