@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
 import threading
 import types
 import weakref
@@ -115,7 +116,7 @@ class Stream:
 
 
 class Cuda(types.ModuleType):
-    """`pycuda.driver`, which has memory for `capacity` allocations."""
+    """`pycuda.driver`, which has memory for `capacity` allocations. It fails once the file `lost` exists."""
 
     class Error(Exception):
         pass
@@ -127,6 +128,7 @@ class Cuda(types.ModuleType):
         super().__init__("pycuda.driver")
         self.memory = Memory()
         self.capacity: float = float("inf")
+        self.lost = Path(os.environ.get("EMULATED_GPU_LOST", os.devnull + "/never"))
         self._current = threading.local()
         self.Stream = Stream
 
@@ -142,9 +144,14 @@ class Cuda(types.ModuleType):
 
     def mem_alloc(self, size: int) -> Allocation:
         assert self._is_current(), "no context is current"
+        self._check()
         if self.memory.allocations >= self.capacity:
             raise self.MemoryError("cuMemAlloc failed: out of memory")
         return self.memory.allocate(size, self._can_free)
+
+    def _check(self) -> None:
+        if self.lost.exists():
+            raise self.Error("an illegal memory access was encountered")
 
     def _is_current(self) -> bool:
         return getattr(self._current, "depth", 0) > 0
@@ -157,6 +164,7 @@ class Cuda(types.ModuleType):
 
     def memcpy_htod_async(self, dest: Any, src: np.ndarray, stream: Stream) -> None:
         assert src.dtype == np.uint8
+        self._check()
         stream.put(lambda: np.copyto(self.memory.at(int(dest), src.nbytes), src))
 
     def memcpy_dtoh_async(self, dest: np.ndarray, src: Any, stream: Stream) -> None:

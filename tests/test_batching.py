@@ -175,13 +175,14 @@ def test_models_without_a_batch_axis_run_each_request_alone() -> None:
 
 def test_a_request_that_fails_does_not_fail_the_others() -> None:
     async def test() -> None:
-        runner = Doubler()
-        batcher, _ = make(runner)
+        failures: list[None] = []
+        batcher = Batcher(Doubler(), BatchingOptions(), Observer(), lambda: failures.append(None))
         futures = [batcher.submit(rows(1, value)) for value in (1, 666, 3)]
         answers = await asyncio.gather(*futures, return_exceptions=True)
         assert answers[0]["y"][0, 0] == 2
         assert isinstance(answers[1], InputError)
         assert answers[2]["y"][0, 0] == 6
+        assert len(failures) == 1
         await batcher.close()
 
     run(test)

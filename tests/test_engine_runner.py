@@ -34,7 +34,7 @@ from lmkan_deploy.serving.metrics import Metrics
 from lmkan_deploy.serving.models import ModelStore
 from lmkan_deploy.staging import file_sha256
 from networks import ExportedStack
-from served import Served
+from served import Served, json_request
 
 LARGEST = 64
 PADDED_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -391,6 +391,22 @@ def test_serving(option: list[str], gpu: SimpleNamespace, stack: ExportedStack) 
         assert served.stop() == 0
     served.wait_for(lambda: "graph launches: " in served.log)
     assert ("graph launches: 0\n" not in served.log) == bool(option), served.log
+
+
+@pytest.mark.parametrize("gpu", ["tensorrt"], indirect=True)
+def test_a_server_whose_gpu_is_lost_ends(gpu: SimpleNamespace, stack: ExportedStack, tmp_path: Path) -> None:
+    lost = tmp_path / "lost"
+    more = {"PYTHONPATH": str(Path(__file__).parent), "EMULATED_GPU_LOST": str(lost)}
+    program = ("emulated_cli", stack.onnx, LARGEST)
+    with Served(gpu.path, program=program, **more) as served:
+        served.infer("m", rows(3))
+        lost.touch()
+        request = json_request(rows(3))
+        served.wait_for(lambda: served.request("/v2/models/m/infer", request)[0] == 503)
+        reason = "fails on every input: the GPU failed: an illegal memory access was encountered"
+        assert reason in served.request("/v2/models/m/infer", request)[1]["error"]
+        assert served.process.wait(30) == 2
+        served.wait_for(lambda: "to be started anew" in served.log)
 
 
 @pytest.mark.parametrize("gpu", ["tensorrt"], indirect=True)

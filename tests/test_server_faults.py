@@ -126,6 +126,61 @@ def test_a_killed_worker_is_replaced_and_the_others_serve(stack: ExportedStack, 
         assert server.stop() == 0
 
 
+def failing_server(stack: ExportedStack, flag: Path, *arguments: object) -> Served:
+    """Its model can't run while the flag exists."""
+    more = {"PYTHONPATH": str(Path(__file__).parent), "RUNS_FAIL": str(flag)}
+    return Served(
+        "--model", f"net={stack.onnx}", "--threads", 1, *arguments, program=("failing_cli",), **more
+    )
+
+
+def test_a_model_that_fails_for_a_while_is_not_ready(
+    stack: ExportedStack, answer: np.ndarray, tmp_path: Path
+) -> None:
+    flag = tmp_path / "fails"
+    with failing_server(stack, flag) as server:
+        flag.touch()
+        status, content, _ = server.request("/v2/models/net/infer", json_request(X))
+        assert (status, content["error"]) == (
+            400,
+            "an illegal memory access was encountered",
+        )
+        server.wait_for(lambda: server.request("/v2/health/ready")[0] == 503)
+        status, content, _ = server.request("/v2/models/net/infer", json_request(X))
+        assert status == 503
+        assert "model net is not ready: it fails on every input: an illegal memory" in content["error"]
+        assert server.request("/v2/models/net/ready")[0] == 503
+        assert server.request("/v2/health/live")[0] == 200
+        (entry,) = server.request("/v2/repository/index", {})[1]
+        assert entry["state"] == "UNAVAILABLE"
+        assert "an illegal memory" in entry["reason"]
+        (model,) = server.request("/status.json")[1]["models"]
+        assert (model["state"], model["problem"]) == ("failing", "an illegal memory access was encountered")
+        flag.unlink()
+        server.wait_for(lambda: server.request("/v2/health/ready")[0] == 200)
+        np.testing.assert_allclose(server.infer("net", X)[0], answer, rtol=1e-4, atol=1e-4)
+        assert "model net: runs again" in server.log
+        assert server.stop() == 0
+
+
+def test_a_worker_whose_model_fails_for_good_is_replaced(
+    stack: ExportedStack, answer: np.ndarray, tmp_path: Path
+) -> None:
+    flag = tmp_path / "fails"
+    with failing_server(stack, flag, "--workers", 2) as server:
+        flag.touch()
+        server.wait_for(lambda: server.request("/v2/models/net/infer", json_request(X))[0] == 503)
+        server.wait_for(lambda: "failed for 10 seconds" in server.log)
+        flag.unlink()
+        server.wait_for(lambda: "ended with 3; starting another" in server.log)
+        server.wait_for(lambda: server.log.count("is ready") >= 3)
+        server.wait_for(lambda: server.request("/v2/health/ready")[0] == 200)
+        with Load(server, [answer]) as load:
+            load.reach(100)
+        assert load.wrong == 0
+        assert server.stop() == 0
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_loses_nothing(

@@ -10,7 +10,7 @@ import asyncio
 import time
 import traceback
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -92,13 +92,20 @@ class Batcher:
         runner: The model.
         options: See `BatchingOptions`.
         observer: Is told of every run.
+        on_failure: Called when the model fails on a request, and not because of others that joined it.
 
     A model whose tensors do not all lead with the same free axis runs each request alone; it then counts as one
     row.
     """
 
-    def __init__(self, runner: Runner, options: BatchingOptions, observer: BatchObserver) -> None:
-        self._runner, self._options, self._observer = runner, options, observer
+    def __init__(
+        self,
+        runner: Runner,
+        options: BatchingOptions,
+        observer: BatchObserver,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._runner, self._options, self._observer, self._on_failure = runner, options, observer, on_failure
         self.joins = rows_are_free(runner.inputs, runner.outputs)
         # Name, type and sizes behind the batch where there is one input of fixed size: quick to check.
         self._only_input: tuple[str, np.dtype[Any], tuple[int, ...]] | None = None
@@ -304,6 +311,7 @@ class Batcher:
             self._observer.ran(rows, len(batch), seconds)
             if isinstance(outcome, Exception):
                 _fail(batch, outcome)
+                self._on_failure()
             else:
                 self._answer(batch, outcome)
         except Exception as error:  # there is no memory for the answers

@@ -75,6 +75,10 @@ class DeadlineError(ServingError):
     grpc_status = "DEADLINE_EXCEEDED"
 
 
+class BrokenModelError(ServingError):
+    """A model could not run any more, and the server ended; no client meets this."""
+
+
 def statuses(error: LmkanError) -> tuple[HTTPStatus, str]:
     """HTTP status and gRPC status name of an error."""
     if isinstance(error, ServingError):

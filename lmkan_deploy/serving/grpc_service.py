@@ -112,10 +112,11 @@ class _Service(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
 
     async def ModelReady(self, request: Any, call: Any) -> Any:  # noqa: N802
         try:
-            self._model(request)
+            model = self._model(request)
         except LmkanError:
             return pb.ModelReadyResponse(ready=False)
-        return pb.ModelReadyResponse(ready=not self._context.draining)
+        ready = not self._context.draining and model.health.problem is None
+        return pb.ModelReadyResponse(ready=ready)
 
     @_answers_errors
     async def ModelMetadata(self, request: Any, call: Any) -> Any:  # noqa: N802
@@ -185,7 +186,7 @@ class _Service(rpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         status = "OK"
         try:
             timeout = _timeout(request, remaining)
-            future = model.batcher.submit(_inputs(request))
+            future = model.submit(_inputs(request))
             outputs = await self._context.patience.result(future, self._context.limit(timeout))
             selected = select_outputs(outputs, [_output_name(output) for output in request.outputs])
             as_bytes = bool(request.raw_input_contents) or not request.inputs

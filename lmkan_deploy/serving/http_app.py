@@ -184,7 +184,7 @@ class _Infer:
         self, model: ServedModel, headers: dict[bytes, bytes], body: bytes, receive: Receive
     ) -> _Answer | None:
         request = parse_request(body, _header_length(headers))
-        future = model.batcher.submit(request.inputs)
+        future = model.submit(request.inputs)
 
         async def gone() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -296,7 +296,7 @@ class _Pages:
 
     async def model_ready(self, request: Request) -> Response:
         model = self._model(request)
-        ready = not self._context.draining
+        ready = not self._context.draining and model.health.problem is None
         return _json({"name": model.name, "ready": ready}, _ready_status(ready))
 
     async def config(self, request: Request) -> Response:

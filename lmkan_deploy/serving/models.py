@@ -8,18 +8,21 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmkan_deploy.errors import LmkanError, ModelError
 from lmkan_deploy.model_name import check_model_name, is_model_name
 from lmkan_deploy.runtime.runner import Runner, RuntimeName, load_runner
-from lmkan_deploy.runtime.tensors import random_inputs, rows_are_free
+from lmkan_deploy.runtime.tensors import Arrays, random_inputs, rows_are_free
 from lmkan_deploy.serving.batching import Batcher, BatchingOptions
 from lmkan_deploy.serving.errors import NotFoundError, UnavailableError
+from lmkan_deploy.serving.health import Health
 from lmkan_deploy.serving.metrics import Metrics, ModelMetrics
 
 _log = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ class ServedModel:
     file: Path
     runner: Runner
     batcher: Batcher
+    health: Health
     metrics: ModelMetrics
     state: tuple[object, ...]
     """What the file looked like when it was read."""
@@ -47,6 +51,19 @@ class ServedModel:
     def platform(self) -> str:
         """Triton's name of what runs the model."""
         return "tensorrt_plan" if self.file.suffix == ".engine" else "onnxruntime_onnx"
+
+    def submit(self, feeds: Mapping[str, NDArray[Any]]) -> asyncio.Future[Arrays]:
+        """See `Batcher.submit`.
+
+        Raises:
+            UnavailableError: Also while the model fails on every input.
+        """
+        if self.health.problem is not None:
+            raise UnavailableError(
+                f"model {self.name} is not ready: it fails on every input: {self.health.problem}; try again "
+                "later, or ask another server"
+            )
+        return self.batcher.submit(feeds)
 
 
 def model_files(path: Path) -> dict[str, Path]:
@@ -102,6 +119,7 @@ class ModelStore:
         runtime: What runs ONNX files.
         threads: Threads of one run; None leaves the choice to ONNX Runtime.
         cuda_graphs: Whether engines run with CUDA graphs.
+        give_up: Called, with the reason, when a model can't run any more; see `Health`.
 
     Requests keep the model they began with: replacing or unloading one lets it finish its queue first.
     """
@@ -116,11 +134,13 @@ class ModelStore:
         runtime: RuntimeName = "onnxruntime",
         threads: int | None = None,
         cuda_graphs: bool = False,
+        give_up: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._sources = {check_model_name(name): path for name, path in sources.items()}
         self._folder, self._metrics = folder, metrics
         self.options = options
         self._runtime, self._threads, self._cuda_graphs = runtime, threads, cuda_graphs
+        self._give_up = give_up
         self._served: dict[str, dict[str, ServedModel]] = {}
         self._problems: dict[str, str] = {}
         self._lock = asyncio.Lock()
@@ -167,7 +187,10 @@ class ModelStore:
         for name in self.names:
             problem = self._problems.get(name, "")
             for model in self.versions(name):
-                entries.append({"name": name, "version": model.version, "state": "READY", "reason": problem})
+                failure = model.health.problem
+                state = "READY" if failure is None else "UNAVAILABLE"
+                reason = problem if failure is None else failure
+                entries.append({"name": name, "version": model.version, "state": state, "reason": reason})
             if not self._served.get(name):
                 entries.append(
                     {"name": name, "version": "", "state": "UNAVAILABLE", "reason": problem or "unloaded"}
@@ -180,8 +203,10 @@ class ModelStore:
 
     @property
     def ready(self) -> bool:
-        """Whether every known model is loaded, or was unloaded by request."""
-        return not any(name in self._problems and not self._served.get(name) for name in self._sources)
+        """Whether every known model runs, or was unloaded by request."""
+        if any(name in self._problems and not self._served.get(name) for name in self._sources):
+            return False
+        return all(model.health.problem is None for model in self.loaded())
 
     async def load(self, name: str) -> None:
         """Loads a model, or replaces it by what its files hold now. On failure the old one goes on.
@@ -197,7 +222,8 @@ class ModelStore:
                 for version, file in (await asyncio.to_thread(model_files, path)).items():
                     state = await asyncio.to_thread(_file_state, file)
                     kept = old.get(version)
-                    if kept is not None and (kept.file, kept.state) == (file, state):
+                    same = kept is not None and (kept.file, kept.state) == (file, state)
+                    if kept is not None and same and kept.health.problem is None:
                         new[version] = kept
                     else:
                         new[version] = await self._open(name, version, file, state)
@@ -260,12 +286,13 @@ class ModelStore:
     async def _open(self, name: str, version: str, file: Path, state: tuple[object, ...]) -> ServedModel:
         runner = await asyncio.to_thread(_open_and_try, self._load, file, self.options)
         metrics = self._metrics.of_model(name, version)
-        return ServedModel(
-            name, version, file, runner, Batcher(runner, self.options, metrics), metrics, state
-        )
+        health = Health(name, runner, self._give_up)
+        batcher = Batcher(runner, self.options, metrics, health.suspect)
+        return ServedModel(name, version, file, runner, batcher, health, metrics, state)
 
     def _retire(self, models: Iterable[ServedModel]) -> None:
         for model in models:
+            model.health.close()
             task = asyncio.get_running_loop().create_task(model.batcher.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)

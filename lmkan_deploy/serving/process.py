@@ -19,6 +19,7 @@ import uvicorn
 from lmkan_deploy.errors import LmkanError
 from lmkan_deploy.serving.context import Context
 from lmkan_deploy.serving.control import Control
+from lmkan_deploy.serving.errors import BrokenModelError
 from lmkan_deploy.serving.http_app import make_http_app
 from lmkan_deploy.serving.logs import set_up_logs
 from lmkan_deploy.serving.metrics import Metrics
@@ -39,6 +40,7 @@ _SWITCH_SECONDS = 5e-4
 thread would wait for the event loop after each run."""
 
 STARTUP_FAILURE = 2
+BROKEN_MODEL = 3
 
 
 def run_process(
@@ -62,6 +64,7 @@ def run_process(
 
     Raises:
         LmkanError: A model can't be loaded.
+        BrokenModelError: A model could not run any more.
     """
     set_up_logs(as_json=options.json_logs)
     sys.setswitchinterval(_SWITCH_SECONDS)
@@ -101,6 +104,12 @@ async def _serve(
     strict: bool,
 ) -> None:
     metrics = Metrics()
+    broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def give_up(reason: str) -> None:
+        if not broken.done():
+            broken.set_result(reason)
+
     store = ModelStore(
         options.all_models(),
         folder=options.folder,
@@ -109,6 +118,7 @@ async def _serve(
         runtime=options.runtime,
         threads=options.threads,
         cuda_graphs=options.cuda_graphs,
+        give_up=give_up,
     )
     control = Control(store, folder, process, options.processes)
     context = Context(
@@ -155,6 +165,7 @@ async def _serve(
     tasks = [asyncio.create_task(control.follow()), asyncio.create_task(context.patience.watch())]
     if options.watch is not None:
         tasks.append(asyncio.create_task(_watch(store, options.watch)))
+    broken.add_done_callback(lambda _: server.stop())
     await server.serve(sockets=[http_socket])
     if grpc_server is not None:
         await grpc_server.stop(options.grace)
@@ -164,6 +175,8 @@ async def _serve(
         await asyncio.wait_for(store.close(), options.grace)
     metrics.flush()
     _log.info("process %d is done", process)
+    if broken.done():
+        raise BrokenModelError(f"{broken.result()}; the server ends, to be started anew")
 
 
 async def _start_grpc(context: Context, options: ServerOptions, port: int) -> Any:
@@ -215,9 +228,10 @@ class _HttpServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by uvicorn for SIGTERM and SIGINT; the second one ends at once."""
-        asyncio.get_running_loop().call_soon_threadsafe(self._stop)
+        asyncio.get_running_loop().call_soon_threadsafe(self.stop)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Drains, then ends; called once more, ends at once."""
         if self._draining is not None:
             self.force_exit = self.should_exit = True
             return
@@ -273,4 +287,4 @@ def worker_main(
         run_process(options, http_socket, grpc_port, process=process, folder=folder, strict=strict)
     except LmkanError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(STARTUP_FAILURE)
+        sys.exit(BROKEN_MODEL if isinstance(error, BrokenModelError) else STARTUP_FAILURE)

@@ -54,8 +54,8 @@ def server_status(context: Context) -> dict[str, Any]:
                 {
                     "name": name,
                     "version": model.version,
-                    "state": "ready",
-                    "problem": context.store.problem(name),
+                    "state": "ready" if model.health.problem is None else "failing",
+                    "problem": model.health.problem or context.store.problem(name),
                     "file": model.file.name,
                     "requests": done,
                     "failed": failed,
