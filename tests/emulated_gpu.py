@@ -313,9 +313,10 @@ class Context:
         bounds = zip(profile.smallest, shape, profile.largest, strict=True)
         return all(low <= size <= high for low, size, high in bounds)
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address
         self._changes += 1
+        return name not in self._trt.unknown_tensors
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         if name in self._trt.unknown_shapes:
@@ -361,6 +362,7 @@ class TensorRT(types.ModuleType):
     Attributes:
         contexts: The graph strategy of every execution context so far.
         unknown_shapes: Outputs whose shapes the engine does not know.
+        unknown_tensors: Tensors whose memory it refuses.
         refuses: Called with whether a run is captured, returns whether it fails.
     """
 
@@ -375,6 +377,7 @@ class TensorRT(types.ModuleType):
         self.cuda, self.model, self.profiles = cuda, lmkan_deploy.load_runner(model), profiles
         self.contexts: list[Any] = []
         self.unknown_shapes: set[str] = set()
+        self.unknown_tensors: set[str] = set()
         self.refuses: Callable[[bool], bool] = lambda _: False
 
     def Runtime(self, log: Any) -> Any:  # noqa: N802

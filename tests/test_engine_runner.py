@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import subprocess
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from typer.testing import CliRunner
 
@@ -27,7 +29,7 @@ from lmkan_deploy.engines.device import compute_capability
 from lmkan_deploy.engines.lane import MAX_GRAPHS
 from lmkan_deploy.engines.manifest import Manifest, manifest_path
 from lmkan_deploy.engines.profiles import Profile
-from lmkan_deploy.engines.runner import EngineRunner
+from lmkan_deploy.engines.runner import MAX_IDLE_LANES, EngineRunner
 from lmkan_deploy.errors import EngineError, InputError, LibraryError, ModelError
 from lmkan_deploy.serving.batching import BatchingOptions
 from lmkan_deploy.serving.metrics import Metrics
@@ -43,11 +45,18 @@ PADDED_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 @pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
 def gpu(request: pytest.FixtureRequest, stack: ExportedStack, tmp_path: Path) -> Iterator[SimpleNamespace]:
     """A GPU with an engine on it."""
-    path = tmp_path / "m.engine"
-    path.write_bytes(b"engine")
     profiles = {"x": Profile((1, 10), (8, 10), (LARGEST, 10))}
+    with engine_on_gpu(tmp_path / "m.engine", stack.onnx, profiles, request.param) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def engine_on_gpu(
+    path: Path, model: Path, profiles: dict[str, Profile], runtime: str
+) -> Iterator[SimpleNamespace]:
+    path.write_bytes(b"engine")
     manifest = Manifest(
-        runtime=request.param,
+        runtime=runtime,
         runtime_version="10.14.1",
         cuda_version=13000,
         compute_capability=COMPUTE_CAPABILITY,
@@ -59,9 +68,9 @@ def gpu(request: pytest.FixtureRequest, stack: ExportedStack, tmp_path: Path) ->
         lookup_layers=2,
     )
     manifest_path(path).write_text(json.dumps(manifest.to_json()))
-    with emulated_gpu(request.param, stack.onnx, profiles) as (trt, driver):
+    with emulated_gpu(runtime, model, profiles) as (trt, driver):
         yield SimpleNamespace(
-            path=path, trt=trt, driver=driver, memory=trt.cuda.memory, runtime=request.param, model=trt.model
+            path=path, trt=trt, driver=driver, memory=trt.cuda.memory, runtime=runtime, model=trt.model
         )
 
 
@@ -151,6 +160,50 @@ def test_threads_share_nothing(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
 def in_a_thread(work: Callable[[], Any]) -> Any:
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_burst_leaves_few_lanes(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
+    burst = MAX_IDLE_LANES + 3
+    runner = lmkan_deploy.load_runner(gpu.path, cuda_graphs=cuda_graphs)
+    barrier = threading.Barrier(burst, timeout=20)
+    gpu.trt.refuses = lambda captured: not captured and barrier.wait() < 0  # runs all at the same time
+    with ThreadPoolExecutor(burst) as pool:
+        for answer in pool.map(lambda seed: (seed, runner.run({"x": rows(2, seed)})["y"]), range(burst)):
+            expected = gpu.model.run({"x": rows(2, answer[0])})["y"]
+            np.testing.assert_allclose(answer[1], expected, rtol=1e-6, atol=1e-6)
+    # An input and an output each, and what contexts share.
+    assert gpu.memory.allocations == MAX_IDLE_LANES * (2 + cuda_graphs)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_inputs_without_axes(cuda_graphs: bool, tmp_path: Path) -> None:
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Mul", ["x", "scale"], ["y"])],
+        "scaled",
+        [
+            onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", 3]),
+            onnx.helper.make_tensor_value_info("scale", onnx.TensorProto.FLOAT, []),
+        ],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["batch", 3])],
+    )
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "m.onnx")
+    profiles = {"x": Profile((1, 3), (1, 3), (4, 3)), "scale": Profile((), (), ())}
+    with engine_on_gpu(tmp_path / "m.engine", tmp_path / "m.onnx", profiles, "tensorrt") as gpu:
+        runner = lmkan_deploy.load_runner(gpu.path, cuda_graphs=cuda_graphs)
+        x = np.arange(6, dtype=np.float32).reshape(2, 3)
+        for scale in (2, 3):
+            y = runner.run({"x": x, "scale": np.array(scale, np.float32)})["y"]
+            np.testing.assert_array_equal(y, scale * x)
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_refused_memory(name: str, gpu: SimpleNamespace) -> None:
+    runner = lmkan_deploy.load_runner(gpu.path)
+    gpu.trt.unknown_tensors = {name}
+    with pytest.raises(EngineError, match=f"TensorRT refused the memory of {name}"):
+        runner.run({"x": rows(3)})
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])

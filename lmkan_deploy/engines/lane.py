@@ -87,7 +87,7 @@ class LoadedEngine:
         for name, shape in shapes.items():
             if not context.value.set_input_shape(name, shape):
                 raise InputError(f"TensorRT refused input {name} {list(shape)}: {last_errors(self.log)}")
-            context.value.set_tensor_address(name, addresses[name])
+            self._set_address(context, name, addresses[name])
 
     def set_outputs(
         self, context: OnGpu[Any], allocate: Callable[[str, int], DeviceMemory]
@@ -102,9 +102,13 @@ class LoadedEngine:
                     f"{list(shape)}; such networks can't be run"
                 )
             memory = allocate(spec.name, int(np.prod(shape)) * numpy_dtype(spec.dtype).itemsize)
-            context.value.set_tensor_address(spec.name, int(memory))
+            self._set_address(context, spec.name, int(memory))
             results[spec.name] = DeviceArray(memory, shape, spec.dtype)
         return results
+
+    def _set_address(self, context: OnGpu[Any], name: str, address: int) -> None:
+        if not context.value.set_tensor_address(name, address):
+            raise EngineError(f"TensorRT refused the memory of {name}: {last_errors(self.log)}")
 
     def enqueue(self, context: OnGpu[Any], stream: OnGpu[Any]) -> None:
         """Puts a run into a stream."""

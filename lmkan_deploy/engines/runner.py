@@ -35,6 +35,10 @@ _DTYPES = {
 }
 
 
+MAX_IDLE_LANES = 8
+"""Lanes that are kept; a burst of more calls at the same time gives up what it needed besides."""
+
+
 class EngineRunner:
     """An engine on one GPU. Calls at the same time have execution contexts and streams of their own.
 
@@ -107,7 +111,7 @@ class EngineRunner:
             return self._empty()
         with self._lane() as lane:
             results = [
-                lane.run({n: np.ascontiguousarray(a[part.rows]) for n, a in feeds.items()}, part.padded_to)
+                lane.run({name: _rows(array, part.rows) for name, array in feeds.items()}, part.padded_to)
                 for part in parts
             ]
         if len(results) == 1:
@@ -183,7 +187,15 @@ class EngineRunner:
             except BaseException:
                 lane.close()  # whoever keeps the error keeps the lane, by its traceback
                 raise
-            self._idle_lanes.append(lane)
+            if len(self._idle_lanes) < MAX_IDLE_LANES:
+                self._idle_lanes.append(lane)
+            else:
+                lane.close()
+
+
+def _rows(array: NDArray[Any], rows: slice) -> NDArray[Any]:
+    """Contiguous rows; all of an array without axes, which NumPy would give one."""
+    return np.ascontiguousarray(array[rows]) if array.ndim else array
 
 
 def _spec(engine: Any, name: str) -> TensorSpec:
