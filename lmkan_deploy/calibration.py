@@ -24,7 +24,7 @@ from lmkan_deploy.converters.passes.base import (
 )
 from lmkan_deploy.converters.quantize import corner_importance
 from lmkan_deploy.converters.table_dtype import narrow_tables
-from lmkan_deploy.errors import ExportError, ModelError
+from lmkan_deploy.errors import ExportError, InputError, ModelError
 from lmkan_deploy.runtime.onnxruntime import OnnxRuntimeRunner
 from lmkan_deploy.runtime.tensors import Arrays
 from lmkan_deploy.spec import TableDtype
@@ -53,7 +53,7 @@ class Calibration:
     Raises:
         ValueError: There are no cases.
         ModelError: ONNX Runtime can't run the model.
-        InputError: A case does not fit its inputs.
+        InputError: A case does not fit its inputs, or none has finite outputs.
     """
 
     def __init__(self, model: ir.Model, cases: Cases, *, weighted: bool = False) -> None:
@@ -64,6 +64,9 @@ class Calibration:
         self._nodes = list(lookups(model))
         self._outputs = [str(value.name) for value in model.graph.outputs]
         inputs, self._expected = self._run_float32()
+        outputs = [array for arrays in self._expected.values() for array in arrays.values()]
+        if not any(np.isfinite(array.astype(np.float64)).any() for array in outputs):
+            raise InputError("expected data on which the model has finite outputs, found none; pass other rows")
         self.importances = (
             [
                 corner_importance(x, _table_shape(node)[1] - 1)

@@ -96,6 +96,29 @@ def test_inferred_stack_of_float64_becomes_float32(tmp_path: Path) -> None:
     torch.testing.assert_close(checkpoint.module(x), module(x.double()).float())
 
 
+@pytest.mark.parametrize("saved", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("name", ["module", "_orig_mod"])
+def test_a_network_whose_only_child_has_the_name_of_a_wrapper(saved: str, name: str, tmp_path: Path) -> None:
+    outer = torch.nn.Module()
+    outer.add_module(name, make_stack(6, 10, 4, 1))
+    state = {saved + key: value for key, value in outer.state_dict().items()}
+    torch.save(state, tmp_path / "model.pt")
+    (tmp_path / "wrapped_network.py").write_text(
+        "import torch\n"
+        "from networks import make_stack\n"
+        "class Network(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        f"        self.{name} = make_stack(6, 10, 4, 1)\n"
+        "    def forward(self, x):\n"
+        f"        return self.{name}(x)\n"
+    )
+    architecture = lmkan_deploy.Architecture("wrapped_network:Network", tmp_path)
+    checkpoint = lmkan_deploy.load_checkpoint(tmp_path / "model.pt", architecture)
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(checkpoint.module(x), getattr(outer, name)(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("prefix", ["", "model.", "net.inner."])
 def test_state_of_a_larger_module(prefix: str, user_model: UserModel, tmp_path: Path) -> None:
     state = torch.load(user_model.state_dict, weights_only=True)

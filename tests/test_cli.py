@@ -17,6 +17,7 @@ import onnx
 import pytest
 import torch
 
+import lmkan_deploy
 from lmkan_deploy import api
 from lmkan_deploy import cli as command_line
 from networks import DATA, ExportedStack, make_stack
@@ -103,6 +104,26 @@ def test_run(methane: Path, tmp_path: Path) -> None:
     result = cli("run", methane, "-i", "x.npy", "-o", "y.npy", "--threads", 1, cwd=tmp_path)
     assert result.stdout == "y.npy: y float32[40, 1]\n"
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), np.load(tmp_path / "y.npz")["y"])
+
+
+def test_outputs_replace_nothing_that_is_read(stack: ExportedStack, tmp_path: Path) -> None:
+    lmkan_deploy.export(stack.checkpoint, tmp_path / "m.onnx", external_data=True, check=False)
+    np.save(tmp_path / "x.npy", np.zeros((2, 10), np.float32))
+    (tmp_path / "link.npy").symlink_to("x.npy")
+    for output in ("m.onnx", "m.onnx.data", "x.npy", "link.npy"):
+        before = (tmp_path / output).read_bytes()
+        result = cli("run", "m.onnx", "-i", "x.npy", "-o", output, cwd=tmp_path)
+        fails(result, 2, f"a file of their own for the outputs, found {output}, which is read")
+        assert (tmp_path / output).read_bytes() == before
+
+
+def test_the_reference_evaluator_needs_functions(stack: ExportedStack, tmp_path: Path) -> None:
+    model = onnx.load(stack.onnx)
+    del model.functions[:]
+    onnx.save(model, tmp_path / "m.onnx")
+    np.save(tmp_path / "x.npy", np.zeros((2, 10), np.float32))
+    result = cli("run", "m.onnx", "-i", "x.npy", "-o", "y.npy", "--runtime", "onnx-reference", cwd=tmp_path)
+    fails(result, 2, "expected operators that onnx's ReferenceEvaluator has, or their functions in m.onnx")
 
 
 def test_verify_against_the_checkpoint(methane: Path) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import types
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -442,6 +443,34 @@ def test_external_data(stack: ExportedStack, tmp_path: Path) -> None:
     (tmp_path / "model.onnx.data").unlink()
     with pytest.raises(ModelError, match=r"model\.onnx\.data, found no such file"):
         lmkan_deploy.inspect(path)
+
+
+@pytest.mark.parametrize("output", ["model.onnx", "other.onnx", "folder/other.onnx"])
+@pytest.mark.parametrize("external_data", [None, True])
+@pytest.mark.parametrize("table_dtype", [None, "int8"])
+@pytest.mark.parametrize("check", [False, True])
+def test_external_data_goes_with_the_model(
+    output: str,
+    external_data: bool | None,
+    table_dtype: Literal["int8"] | None,
+    check: bool,
+    stack: ExportedStack,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "model.onnx"
+    lmkan_deploy.export(stack.checkpoint, path, external_data=True, check=False)
+    (tmp_path / "folder").mkdir()
+    target = tmp_path / output
+    lmkan_deploy.optimize(path, target, external_data=external_data, table_dtype=table_dtype, check=check)
+    if target != path:
+        path.unlink()
+        (tmp_path / "model.onnx.data").unlink()
+    files = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file())
+    assert files == ([output, f"{output}.data"] if external_data else [output])
+    x = np.random.default_rng(0).standard_normal((3, 10)).astype(np.float32)
+    want = load_runner(stack.onnx).run({"x": x})["y"]
+    tolerance = 1e-5 if table_dtype is None else 3e-2
+    np.testing.assert_allclose(load_runner(target).run({"x": x})["y"], want, rtol=tolerance, atol=tolerance)
 
 
 def test_files_that_are_not_the_models_stay(stack: ExportedStack, tmp_path: Path) -> None:

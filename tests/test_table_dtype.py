@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lmkan_deploy
-from lmkan_deploy.errors import ExportError, VerificationError
+from lmkan_deploy.errors import ExportError, InputError, VerificationError
 from lmkan_deploy.runtime.runner import load_runner
 from networks import ExportedStack, UserModel, make_stack
 
@@ -62,6 +62,16 @@ def test_optimizing_a_file(stack: ExportedStack, tmp_path: Path) -> None:
     assert result.verification.passed
     again = lmkan_deploy.optimize(tmp_path / "half.onnx", tmp_path / "again.onnx", table_dtype="bfloat16")
     assert again.outcomes["table-dtype"].applied == []  # never narrowed twice
+
+
+@pytest.mark.parametrize("x", [np.zeros((0, 10)), np.full((3, 10), np.nan)], ids=["no rows", "NaN"])
+def test_data_that_measures_nothing_is_refused(x: np.ndarray, stack: ExportedStack, tmp_path: Path) -> None:
+    for options in ({"max_error": 1e-6}, {"table_dtype": "int8"}):
+        with pytest.raises(InputError, match="finite outputs, found none"):
+            lmkan_deploy.optimize(
+                stack.onnx, tmp_path / "m.onnx", calibration=lambda _: {"x": x.astype(np.float32)}, **options
+            )
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_entries_beyond_the_range_are_refused(tmp_path: Path) -> None:

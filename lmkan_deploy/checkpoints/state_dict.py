@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lmkan_deploy.errors import CheckpointError
 from lmkan_deploy.nn import LMKAN2DLayer
 from lmkan_deploy.spec import MIN_NUM_GRIDS
+
+_T = TypeVar("_T")
 
 _PREFIXES = ("module.", "_orig_mod.")
 """Put before every key by DistributedDataParallel and by torch.compile."""
@@ -46,9 +48,14 @@ def unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     state = dict(found[0][1])
     for key, value in state.items():
         _check_readable(key, value)
-    while any(all(key.startswith(prefix) for key in state) for prefix in _PREFIXES):
-        state = {key.split(".", 1)[1]: value for key, value in state.items()}
-    return state
+    return _without_prefixes(state)
+
+
+def _without_prefixes(entries: dict[str, _T]) -> dict[str, _T]:
+    """Entries under their keys without what wrappers put before all of them."""
+    while entries and any(all(key.startswith(prefix) for key in entries) for prefix in _PREFIXES):
+        entries = {key.split(".", 1)[1]: value for key, value in entries.items()}
+    return entries
 
 
 def _state_dicts(
@@ -147,7 +154,9 @@ def _select(
     if not own or state.keys() == own.keys():
         return state, []
     # torch.compile of a part puts its prefix inside the keys; the network may or may not be compiled now.
-    plain = {key.replace("_orig_mod.", ""): key for key in own}
+    # The network may be wrapped itself, or have a child of such a name.
+    unwrapped = _without_prefixes({key: key for key in own})
+    plain = {key.replace("_orig_mod.", ""): own_key for key, own_key in unwrapped.items()}
     state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
     first = next(iter(plain))
     prefixes = [key.removesuffix(first) for key in state if key == first or key.endswith(f".{first}")]

@@ -53,10 +53,14 @@ def run(
 
         lmkan-deploy run model.onnx -i x.npy -o y.npy --threads 1
     """
+    from lmkan_deploy.errors import InputError
     from lmkan_deploy.runtime.runner import load_runner
     from lmkan_deploy.staging import output_file
 
-    output_file(output)  # refused before the work begins
+    target = output_file(output)  # refused before the work begins
+    for path in (model, inputs, Path(f"{model}.data"), Path(f"{model}.json")):
+        if path.exists() and target.exists() and path.samefile(target):
+            raise InputError(f"expected a file of their own for the outputs, found {output}, which is read")
     with show_progress(quiet) as progress:
         progress("loading")
         runner = load_runner(

@@ -55,7 +55,7 @@ def temporary_model(model: ir.Model, path: Path, *, external_data: bool | None =
     """Writes a model into a folder of its own beside a path, and removes it at the end of the block.
 
     Args:
-        model: Written as it is.
+        model: Written as it is; it then has its weights in memory, unless they go to a file of their own.
         path: Gives the file its name, and the folder its place: on the same file system. A link stands for
             the file it points to.
         external_data: Whether weights go to `<path>.data`; None decides by `EXTERNAL_DATA_THRESHOLD`.
@@ -72,6 +72,9 @@ def temporary_model(model: ir.Model, path: Path, *, external_data: bool | None =
     data = f"{path.name}.data" if external_data else None
     if data:
         output_file(path.with_name(data))
+    else:
+        # Otherwise the file would go on referring to where its weights were read from.
+        ir.external_data.load_to_model(model)
     with staging_folder(path) as folder:
         file = folder / path.name
         with reported(path):

@@ -12,6 +12,7 @@ import onnx.reference
 from numpy.typing import NDArray
 
 from lmkan_deploy.converters.model_file import load_model
+from lmkan_deploy.errors import ModelError
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs
 
 
@@ -22,7 +23,7 @@ class OnnxReferenceRunner:
         path: An ONNX file.
 
     Raises:
-        ModelError: The file can't be read.
+        ModelError: The file can't be read, or has operators without a function.
     """
 
     name = "onnx-reference"
@@ -30,7 +31,12 @@ class OnnxReferenceRunner:
     def __init__(self, path: Path) -> None:
         load_model(path)  # for its checks
         model = onnx.load(path)
-        self._evaluator = onnx.reference.ReferenceEvaluator(model)
+        try:
+            self._evaluator = onnx.reference.ReferenceEvaluator(model)
+        except (NotImplementedError, RuntimeError) as error:
+            raise ModelError(
+                f"expected operators that onnx's ReferenceEvaluator has, or their functions in {path}: {error}"
+            ) from error
         self.inputs = [_spec(value) for value in model.graph.input]
         self.outputs = [_spec(value) for value in model.graph.output]
 
