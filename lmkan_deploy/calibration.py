@@ -66,7 +66,9 @@ class Calibration:
         inputs, self._expected = self._run_float32()
         outputs = [array for arrays in self._expected.values() for array in arrays.values()]
         if not any(np.isfinite(array.astype(np.float64)).any() for array in outputs):
-            raise InputError("expected data on which the model has finite outputs, found none; pass other rows")
+            raise InputError(
+                "expected data on which the model has finite outputs, found none; pass other rows"
+            )
         self.importances = (
             [
                 corner_importance(x, _table_shape(node)[1] - 1)

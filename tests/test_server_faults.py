@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -15,14 +16,18 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmkan_deploy
+from lmkan_deploy.serving.batching import BatchingOptions
 from lmkan_deploy.serving.errors import ServingError
 from lmkan_deploy.serving.json_codec import parse_request
+from lmkan_deploy.serving.metrics import Metrics
+from lmkan_deploy.serving.models import ModelStore
 from networks import ExportedStack, make_stack
 from served import Served, json_request
 
@@ -161,6 +166,34 @@ def test_a_model_that_fails_for_a_while_is_not_ready(
         np.testing.assert_allclose(server.infer("net", X)[0], answer, rtol=1e-4, atol=1e-4)
         assert "model net: runs again" in server.log
         assert server.stop() == 0
+
+
+def test_requests_of_networks_whose_rows_depend_on_each_other_run_alone(
+    stack: ExportedStack, tmp_path: Path
+) -> None:
+    tensors = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["batch", 3]) for n in "xy"]
+    nodes = [
+        onnx.helper.make_node("ReduceMean", ["x", "axes"], ["mean"]),
+        onnx.helper.make_node("Sub", ["x", "mean"], ["y"]),
+    ]
+    axes = onnx.numpy_helper.from_array(np.array([0]), "axes")
+    graph = onnx.helper.make_graph(nodes, "centred", tensors[:1], tensors[1:], [axes])
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "m.onnx")
+
+    async def test() -> None:
+        sources = {"centred": tmp_path / "m.onnx", "net": stack.onnx}
+        store = ModelStore(sources, options=BatchingOptions(max_batch=4), metrics=Metrics())
+        for name in sources:
+            await store.load(name)
+        assert store.get("net").batcher.joins
+        requests = [np.random.default_rng(i).standard_normal((6, 3)).astype(np.float32) for i in range(3)]
+        futures = [store.get("centred").submit({"x": x}) for x in requests]
+        for x, answer in zip(requests, await asyncio.gather(*futures), strict=True):
+            np.testing.assert_allclose(answer["y"], x - x.mean(0), rtol=1e-5, atol=1e-6)
+        await store.close()
+
+    asyncio.run(test())
 
 
 def test_a_worker_whose_model_fails_for_good_is_replaced(

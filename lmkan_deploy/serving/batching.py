@@ -93,6 +93,7 @@ class Batcher:
         options: See `BatchingOptions`.
         observer: Is told of every run.
         on_failure: Called when the model fails on a request, and not because of others that joined it.
+        may_join: Whether rows are known not to depend on each other, as far as shapes don't tell.
 
     A model whose tensors do not all lead with the same free axis runs each request alone; it then counts as one
     row.
@@ -104,9 +105,11 @@ class Batcher:
         options: BatchingOptions,
         observer: BatchObserver,
         on_failure: Callable[[], None] = lambda: None,
+        *,
+        may_join: bool = True,
     ) -> None:
         self._runner, self._options, self._observer, self._on_failure = runner, options, observer, on_failure
-        self.joins = rows_are_free(runner.inputs, runner.outputs)
+        self.joins = may_join and rows_are_free(runner.inputs, runner.outputs)
         # Name, type and sizes behind the batch where there is one input of fixed size: quick to check.
         self._only_input: tuple[str, np.dtype[Any], tuple[int, ...]] | None = None
         if self.joins and len(runner.inputs) == 1:

@@ -30,6 +30,9 @@ _log = logging.getLogger(__name__)
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _SUFFIXES = (".onnx", ".engine")
 
+_ROUNDING = 1e-2
+"""Relative difference that batches of other sizes may make; networks amplify that of their kernels."""
+
 Load = Callable[[Path], Runner]
 
 
@@ -284,10 +287,12 @@ class ModelStore:
         raise NotFoundError(f"expected a model of {', '.join(self.names) or 'none'}{where}, found {name!r}")
 
     async def _open(self, name: str, version: str, file: Path, state: tuple[object, ...]) -> ServedModel:
-        runner = await asyncio.to_thread(_open_and_try, self._load, file, self.options)
+        runner, may_join = await asyncio.to_thread(_open_and_try, self._load, file, self.options)
+        if not may_join:
+            _log.warning("model %s: its rows depend on each other, so that every request runs alone", name)
         metrics = self._metrics.of_model(name, version)
         health = Health(name, runner, self._give_up)
-        batcher = Batcher(runner, self.options, metrics, health.suspect)
+        batcher = Batcher(runner, self.options, metrics, health.suspect, may_join=may_join)
         return ServedModel(name, version, file, runner, batcher, health, metrics, state)
 
     def _retire(self, models: Iterable[ServedModel]) -> None:
@@ -322,9 +327,10 @@ def _companions(file: Path) -> list[Path]:
     return sorted(path for path in (Path(f"{file}.data"), Path(f"{file}.json")) if path.is_file())
 
 
-def _open_and_try(load: Load, file: Path, options: BatchingOptions) -> Runner:
+def _open_and_try(load: Load, file: Path, options: BatchingOptions) -> tuple[Runner, bool]:
     """Loads a model and runs it on one row, on a full batch, and on all sizes that an engine pads batches to, so
-    that the first request waits for nothing, and a model that can't run is never served.
+    that the first request waits for nothing, and a model that can't run is never served. Also tells whether
+    requests may be joined.
     """
     companions = _companions(file)
     if companions and file.suffix == ".onnx":
@@ -343,4 +349,32 @@ def _open_and_try(load: Load, file: Path, options: BatchingOptions) -> Runner:
     for rows in sorted(batches):
         runner.run(random_inputs(runner.inputs, {None: rows}, np.random.default_rng(0)))
     _log.debug("%s: first runs took %.3f s", file, time.perf_counter() - started)
-    return runner
+    may_join = _rows_are_independent(runner)
+    if not may_join and getattr(runner, "batch_sizes", None) is not None:
+        raise ModelError(
+            f"expected rows that do not depend on each other in {file.name}, since CUDA graphs pad batches; "
+            "serve it without --cuda-graphs"
+        )
+    return runner, may_join
+
+
+def _rows_are_independent(runner: Runner) -> bool:
+    """Whether two rows have the same outputs together and apart, but for rounding; or can't be joined anyway."""
+    if not rows_are_free(runner.inputs, runner.outputs):
+        return True
+    both = random_inputs(runner.inputs, {None: 2}, np.random.default_rng(1))
+    together = runner.run(both)
+    apart = [runner.run({name: array[row : row + 1] for name, array in both.items()}) for row in range(2)]
+    for name, found in together.items():
+        expected = np.concatenate([outputs[name] for outputs in apart])
+        if expected.shape != found.shape:
+            return False
+        if expected.dtype.kind in "biu":  # rounding may change a class
+            continue
+        expected = expected.astype(np.float64)
+        finite = np.abs(expected[np.isfinite(expected)])
+        scale = np.abs(expected) + (finite.max() if finite.size else 0)
+        with np.errstate(invalid="ignore"):
+            if (np.abs(found.astype(np.float64) - expected) > _ROUNDING * scale).any():
+                return False
+    return True
