@@ -280,6 +280,25 @@ def test_outputs_and_their_names(returned, names: list[str], tmp_path: Path) -> 
     assert assert_agrees(module, tmp_path / "model.onnx") == names
 
 
+@pytest.mark.parametrize(
+    ("forward", "names"),
+    [
+        (lambda self, x: {"y": self.lmkan(x), "scale": self.c}, ["y", "scale"]),
+        (
+            lambda self, x: {"scale": self.c, "y": self.lmkan(x) * self.c, "again": self.c},
+            ["scale", "y", "again"],
+        ),
+        (lambda self, x: {"c": self.lmkan(x), "y": self.c}, ["c", "y"]),
+        (lambda self, x: {"y": self.lmkan(x), "computed": self.c * 2}, ["y", "computed"]),
+        (lambda self, x: {"y": self.lmkan(x), "table": self.lmkan.table}, ["y", "table"]),
+        (lambda self, x: (self.lmkan(x), self.c), ["y0", "y1"]),
+    ],
+)
+def test_constant_outputs_and_their_names(forward, names: list[str], tmp_path: Path) -> None:
+    assert assert_agrees(Block(forward, c=torch.arange(4.0)).eval(), tmp_path / "model.onnx") == names
+    onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
+
+
 @dataclasses.dataclass
 class Result:
     y: torch.Tensor

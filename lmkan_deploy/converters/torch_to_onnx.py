@@ -22,7 +22,7 @@ from lmkan_deploy.converters.onnx_function import (
     operator_schema,
 )
 from lmkan_deploy.converters.passes import PASSES, optimize
-from lmkan_deploy.converters.passes.base import Pass
+from lmkan_deploy.converters.passes.base import Pass, used_once
 from lmkan_deploy.converters.trace_errors import describe
 from lmkan_deploy.converters.trial import check_call, check_outputs
 from lmkan_deploy.converters.unfold import simplify_unfold
@@ -203,7 +203,7 @@ def _name_outputs(model: ir.Model, program: torch.export.ExportedProgram) -> Non
         if value.name in names:
             value.name = f"{value.name}_inner"
     for value, name in zip(outputs, names, strict=True):
-        if not value.is_graph_input() and not value.is_initializer():
+        if not value.is_graph_input():
             value.name = name
 
 
@@ -235,7 +235,7 @@ def _name_lookups(model: ir.Model) -> None:
         taken.add(name)
         node.name = name
         table = node.inputs[1]
-        if table is not None and table.is_initializer() and len(table.uses()) == 1:
+        if table is not None and table.is_initializer() and used_once(table):
             table.name = f"{name}.table"
 
 
