@@ -56,6 +56,23 @@ def test_a_tighter_tolerance_than_the_type_gives_fails(stack: ExportedStack, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_the_tolerance_counts_in_every_comparison(
+    dtype: str, stack: ExportedStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmkan_deploy.verification.DEFAULT_RTOL", {"float32": 1e-12})
+    monkeypatch.setattr("lmkan_deploy.verification.RANDOM_RTOL", 1e-12)
+    monkeypatch.setattr("lmkan_deploy.api.INT8_RTOL", 1e-12)
+    for run, source, message in (
+        (lmkan_deploy.export, stack.checkpoint, "differs from PyTorch"),
+        (lmkan_deploy.optimize, stack.onnx, "operator differs from the function"),
+    ):
+        with pytest.raises(VerificationError, match=f"{message}.*pass --rtol to allow more"):
+            run(source, tmp_path / "m.onnx", table_dtype=dtype)
+        assert run(source, tmp_path / "m.onnx", table_dtype=dtype, rtol=0.5).verification.passed
+        (tmp_path / "m.onnx").unlink()
+
+
 def test_optimizing_a_file(stack: ExportedStack, tmp_path: Path) -> None:
     result = lmkan_deploy.optimize(stack.onnx, tmp_path / "half.onnx", table_dtype="float16")
     assert result.outcomes["table-dtype"].applied == ["0", "2"]
