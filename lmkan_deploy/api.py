@@ -160,7 +160,8 @@ def export(
         with temporary_model(model, path, external_data=external_data) as file:
             verified(file, rtol)
     given = None if calibration is None else calibration([spec.name for spec in specs])
-    _, costs = _narrow(model, table_dtype, given, max_error, cases if check else None, progress)
+    outcome, costs = _narrow(model, table_dtype, given, max_error, cases if check else None, progress)
+    notes = [*loaded.notes, *(f"not narrowed: {line}" for line in outcome.refused)]
     progress("writing")
     with staged_model(model, path, external_data=external_data) as staged:
         verification = None
@@ -168,7 +169,7 @@ def export(
             _require_agreement(staged, cases, rtol, progress)
         if check:
             verification = verified(staged, _tolerance(rtol, narrow))
-    return ExportResult(path, loaded.kind, loaded.notes, verification, costs, inspect_model(path))
+    return ExportResult(path, loaded.kind, notes, verification, costs, inspect_model(path))
 
 
 @dataclass(frozen=True)
@@ -455,13 +456,16 @@ def _narrow(
     cases: Mapping[str, Arrays] | None,
     progress: Progress,
 ) -> tuple[Outcome, TableCosts | None]:
-    """Gives the model its tables, and says what they cost where there are inputs to measure it on."""
+    """Gives the model its tables, says which stay as they are and why, and what they cost where there are inputs
+    to measure it on.
+    """
     from lmkan_deploy.calibration import Calibration
-    from lmkan_deploy.converters.passes.base import lookups
-    from lmkan_deploy.converters.table_dtype import narrow_tables
+    from lmkan_deploy.converters.passes.base import Outcome, lookups
+    from lmkan_deploy.converters.table_dtype import narrow_tables, tables_left
 
+    left = [] if table_dtype is None and max_error is None else tables_left(model, table_dtype)
     if max_error is None and table_dtype in (None, "float32"):
-        return narrow_tables(model, "float32"), None
+        return Outcome(refused=left), None
     if calibration is not None:
         cases = {"calibration": dict(calibration)}
     study = None if cases is None else Calibration(model, cases, weighted=calibration is not None)
@@ -476,7 +480,7 @@ def _narrow(
             f"expected tables within the range of {table_dtype}, found {'; '.join(outcome.refused)}; choose "
             "another --table-dtype"
         )
-    return outcome, costs
+    return Outcome(outcome.applied, left), costs
 
 
 def _require_agreement(

@@ -93,7 +93,7 @@ def _comparison_table(title: str, result: Verification, runner: str) -> Table:
 
 def _print_costs(costs: TableCosts | None) -> None:
     """What every layer's narrow table costs, and what the other types would."""
-    if costs is None:
+    if costs is None or not costs.layers:
         return
     _print(("largest relative error with one narrow table at a time", "bold"))
     dtypes = sorted({dtype for cost in costs.layers for dtype in cost.errors}, key=TABLE_DTYPES.index)

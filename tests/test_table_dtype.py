@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import lmkan_deploy
+from lmkan_deploy import report
 from lmkan_deploy.errors import ExportError, InputError, VerificationError
+from lmkan_deploy.nn import LMKAN2DLayer
 from lmkan_deploy.runtime.runner import load_runner
 from networks import ExportedStack, UserModel, make_stack
 
@@ -79,6 +81,48 @@ def test_optimizing_a_file(stack: ExportedStack, tmp_path: Path) -> None:
     assert result.verification.passed
     again = lmkan_deploy.optimize(tmp_path / "half.onnx", tmp_path / "again.onnx", table_dtype="bfloat16")
     assert again.outcomes["table-dtype"].applied == []  # never narrowed twice
+    assert again.outcomes["table-dtype"].refused == [
+        f"{name}: its table is float16 already" for name in ("0", "2")
+    ]
+    same = lmkan_deploy.optimize(tmp_path / "half.onnx", tmp_path / "again.onnx", table_dtype="float16")
+    assert same.outcomes["table-dtype"].refused == []
+
+
+class Branches(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.plus, self.minus = (
+            LMKAN2DLayer(6, 4, 4),
+            LMKAN2DLayer(6, 4, 2),
+            LMKAN2DLayer(6, 4, 2),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return torch.cond(y.sum() > 0, self.plus, self.minus, (y,))
+
+
+def test_lookups_in_branches_are_not_narrowed_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(Branches().state_dict(), tmp_path / "m.pt")
+    architecture = lmkan_deploy.Architecture("test_table_dtype:Branches", Path(__file__).parent)
+    options = {"architecture": architecture, "input_shapes": ["batch,4"]}
+    wide = lmkan_deploy.export(tmp_path / "m.pt", **options)
+    assert wide.notes == []
+    result = lmkan_deploy.export(tmp_path / "m.pt", tmp_path / "half.onnx", table_dtype="float16", **options)
+    reason = "it is inside of a branch, a loop or a function"
+    types = {layer.name: layer.table_dtype for layer in result.info.layers}
+    inside = [name for name, dtype in types.items() if dtype == "float32"]
+    assert (types["first"], len(inside)) == ("float16", 2)
+    assert result.notes == [f"not narrowed: {name}: {reason}" for name in inside]
+    report.print_export(result)
+    assert f"note: not narrowed: {inside[0]}: {reason}" in capsys.readouterr().out
+    result = lmkan_deploy.optimize(wide.path, tmp_path / "int8.onnx", table_dtype="int8")
+    assert result.outcomes["table-dtype"].refused == [f"{name}: {reason}" for name in inside]
+    report.print_optimization(result)
+    assert f"not table-dtype: {inside[0]}: {reason}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("x", [np.zeros((0, 10)), np.full((3, 10), np.nan)], ids=["no rows", "NaN"])

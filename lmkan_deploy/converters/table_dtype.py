@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lmkan_deploy.converters.onnx_function import attach_function, is_quantized_lookup
+from lmkan_deploy.converters.onnx_function import attach_function, is_lookup, is_quantized_lookup
 from lmkan_deploy.converters.passes.base import (
     Outcome,
     add_constant,
@@ -18,6 +18,7 @@ from lmkan_deploy.converters.passes.base import (
     lookups,
     name_of,
     replace_table,
+    table_dtype_of,
 )
 from lmkan_deploy.converters.quantize import quantize_table
 from lmkan_deploy.errors import ExportError
@@ -63,6 +64,30 @@ def narrow_tables(
         outcome.applied.append(name_of(node))
     attach_function(model)
     return outcome
+
+
+def tables_left(model: ir.Model, dtype: TableDtype | None) -> list[str]:
+    """Lookup nodes whose tables `narrow_tables` does not touch, a line with the reason for each.
+
+    Args:
+        model: Before it is narrowed.
+        dtype: The wanted type, which needs no reason; None where every layer gets one of its own.
+    """
+    lines = []
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():
+            if not (is_lookup(node) or is_quantized_lookup(node)) or len(node.inputs) < 2:
+                continue
+            found = table_dtype_of(node)
+            if found == dtype:
+                continue
+            if found != "float32":
+                lines.append(f"{name_of(node)}: its table is {found} already")
+            elif node.graph is not model.graph:
+                lines.append(f"{name_of(node)}: it is inside of a branch, a loop or a function")
+            elif constant(node.inputs[1]) is None:
+                lines.append(f"{name_of(node)}: its table is not constant")
+    return lines
 
 
 def _round(
