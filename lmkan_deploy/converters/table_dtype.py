@@ -74,7 +74,8 @@ def tables_left(model: ir.Model, dtype: TableDtype | None) -> list[str]:
         dtype: The wanted type, which needs no reason; None where every layer gets one of its own.
     """
     lines = []
-    for graph in (model.graph, *model.functions.values()):
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
         for node in graph.all_nodes():
             if not (is_lookup(node) or is_quantized_lookup(node)) or len(node.inputs) < 2:
                 continue
