@@ -1,5 +1,5 @@
-"""The command line. Exit codes: 0 done; 1 the answers differ; 2 a mistake in the input or the call; 130 or 143
-interrupted.
+"""The command line. Exit codes: 0 done; 1 the answers differ; 2 a mistake in the input or the call; 129, 130 or
+143 interrupted.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -64,9 +65,21 @@ for _command in (export, optimize, build, verify, run, inspect, serve, package):
 app.add_typer(plugins)
 
 
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+def _end(number: int, _: FrameType | None) -> NoReturn:
+    """Ends the process as an exception does, so that staged files are removed."""
+    for other in _ENDING:  # a second one would cut the removal short
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Entry point: turns errors into one line and an exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that staged files are removed
+    for number in _ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _end)
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="lmkan-deploy", standalone_mode=False))
     except VerificationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -300,7 +301,9 @@ class TestOutputs:
         assert cli("run", methane, "-i", inputs, "-o", tmp_path / "y.npz", **umask).returncode == 0
         assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    @pytest.mark.parametrize(
+        ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    )
     def test_an_interrupted_export_leaves_nothing(
         self, number: signal.Signals, code: int, tmp_path: Path
     ) -> None:
@@ -320,6 +323,19 @@ class TestOutputs:
         assert process.returncode == code
         left = {path.name for path in tmp_path.iterdir()} - {"__pycache__"}
         assert left == {"m.pt", "slow.py", "waiting"}
+
+    def test_hanging_up_is_ignored_under_nohup(self, stack: ExportedStack, tmp_path: Path) -> None:
+        def ignore() -> None:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+        code = (
+            "import os, signal, sys; from lmkan_deploy import api, cli; inspect = api.inspect\n"
+            "api.inspect = lambda path: os.kill(os.getpid(), signal.SIGHUP) or inspect(path)\n"
+            f"sys.argv = ['lmkan-deploy', 'inspect', {str(stack.onnx)!r}]; cli.main()"
+        )
+        command = [sys.executable, "-c", code]
+        run = functools.partial(subprocess.run, command, capture_output=True, cwd=tmp_path, check=False)
+        assert [run(preexec_fn=ignore).returncode, run().returncode] == [0, 129]
 
 
 SLOW = """
