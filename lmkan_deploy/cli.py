@@ -1,5 +1,5 @@
 """The command line. Exit codes: 0 done; 1 the answers differ; 2 a mistake in the input or the call; 129, 130 or
-143 interrupted.
+143 interrupted. They are the same where stdout's reader ends early, and where stdout or stderr is closed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lmkan_deploy.commands.package import package
 from lmkan_deploy.commands.plugins import plugins
 from lmkan_deploy.commands.run import run
 from lmkan_deploy.commands.serve import serve
+from lmkan_deploy.commands.terminal import keep_output_open
 from lmkan_deploy.commands.verify import verify
 from lmkan_deploy.errors import LmkanError, VerificationError
 from lmkan_deploy.version import __version__
@@ -77,6 +78,7 @@ def _end(number: int, _: FrameType | None) -> NoReturn:
 
 def main() -> None:
     """Entry point: turns errors into one line and an exit code."""
+    keep_output_open()
     for number in _ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _end)

@@ -338,6 +338,49 @@ class TestOutputs:
         assert [run(preexec_fn=ignore).returncode, run().returncode] == [0, 129]
 
 
+class TestStandardStreams:
+    """What becomes of stdout and stderr says nothing about the answers."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "code"),
+        [(("verify",), 0), (("verify", "--json"), 0), (("verify", "--rtol", "0"), 1), (("inspect",), 0)],
+    )
+    def test_a_reader_that_ends_early(
+        self, arguments: tuple[str, ...], code: int, stack: ExportedStack
+    ) -> None:
+        command = [sys.executable, "-m", "lmkan_deploy.cli", *arguments, stack.onnx]
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "wb") as stdout:
+            result = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+        assert (result.returncode, result.stderr) == (code, "")
+
+    @pytest.mark.parametrize(("rtol", "code"), [("1e-3", 0), ("0", 1)])
+    @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+    def test_closed_streams(
+        self, closed: tuple[int, ...], rtol: str, code: int, stack: ExportedStack
+    ) -> None:
+        def close() -> None:
+            for number in closed:
+                os.close(number)
+
+        result = cli("verify", stack.onnx, "--rtol", rtol, preexec_fn=close)
+        assert (result.returncode, result.stderr) == (code, "")
+        assert ("comparisons" in result.stdout) == (1 not in closed)
+
+    def test_a_mistake_that_nobody_reads(self, tmp_path: Path) -> None:
+        assert cli("inspect", tmp_path / "none", preexec_fn=lambda: os.close(2)).returncode == 2
+        with Path("/dev/full").open("w") as full:
+            command = [sys.executable, "-m", "lmkan_deploy.cli", "inspect", tmp_path / "none"]
+            assert subprocess.run(command, stderr=full, check=False).returncode == 2
+
+    def test_a_full_disk_for_the_result(self, stack: ExportedStack) -> None:
+        with Path("/dev/full").open("w") as full:
+            command = [sys.executable, "-m", "lmkan_deploy.cli", "inspect", stack.onnx]
+            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        fails(result, 2, "No space left on device")
+
+
 SLOW = """
 import pathlib, time
 from lmkan_deploy.nn import LMKAN2DLayer

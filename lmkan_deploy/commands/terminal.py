@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,44 @@ def show_progress(hidden: bool) -> Iterator[Progress]:
     ):
         task = bar.add_task("starting")
         yield lambda step: bar.update(task, description=step)
+
+
+class _Output(io.FileIO):
+    """A standard stream; what a reader that has ended, such as head, does not take is dropped."""
+
+    _broken = False
+
+    def write(self, data: Any) -> int:
+        if not self._broken:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self._broken = True
+                # A full disk loses the result, but no message is worth an error of its own.
+                if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
+                    raise
+        return len(data)
+
+
+def keep_output_open() -> None:
+    """Keeps what becomes of stdout and stderr from changing what a command does: each may be closed, by its
+    reader or from the start.
+    """
+    # Or the next file that is opened would be stdin, stdout or stderr, and get what libraries write there.
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(null, True)
+    os.close(null)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        old = getattr(sys, name)
+        if old is not getattr(sys, f"__{name}__"):  # somebody else's
+            continue
+        raw = _Output(number, "w", closefd=False)
+        if old is None:
+            stream = io.TextIOWrapper(io.BufferedWriter(raw), "utf-8")
+        else:
+            options = {"line_buffering": old.line_buffering, "write_through": old.write_through}
+            stream = io.TextIOWrapper(io.BufferedWriter(raw), old.encoding, old.errors, **options)
+        setattr(sys, name, stream)
 
 
 def print_json(value: Any) -> None:
