@@ -358,6 +358,27 @@ def test_networks_that_change_between_calls(forward, buffers, message: str, tmp_
         export_module(module, tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (
+            torch.nn.BatchNorm1d(4),
+            r"each call changes 1.running_mean.*; trace the network in eval mode: call",
+        ),
+        (torch.nn.Dropout(), "others at the second.*; trace the network in eval mode: call"),
+    ],
+    ids=["BatchNorm", "Dropout"],
+)
+def test_programs_traced_in_train_mode(layer: torch.nn.Module, message: str, tmp_path: Path) -> None:
+    module = torch.nn.Sequential(*make_stack(4, 4), layer).train()
+    for check in (True, False):
+        torch.export.save(torch.export.export(module, (torch.randn(3, 4),)), tmp_path / "model.pt2")
+        with pytest.raises(ExportError, match=message):
+            lmkan_deploy.export(tmp_path / "model.pt2", check=check)
+    torch.export.save(torch.export.export(module.eval(), (torch.randn(3, 4),)), tmp_path / "model.pt2")
+    assert lmkan_deploy.export(tmp_path / "model.pt2").verification.passed
+
+
 def test_caches_made_at_the_first_call_are_no_state(tmp_path: Path) -> None:
     def cached(self, x):
         if not hasattr(self, "positions"):

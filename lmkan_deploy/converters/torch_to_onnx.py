@@ -24,7 +24,7 @@ from lmkan_deploy.converters.onnx_function import (
 from lmkan_deploy.converters.passes import PASSES, optimize
 from lmkan_deploy.converters.passes.base import Pass, used_once
 from lmkan_deploy.converters.trace_errors import describe
-from lmkan_deploy.converters.trial import check_call, check_outputs
+from lmkan_deploy.converters.trial import check_call, check_outputs, check_program
 from lmkan_deploy.converters.unfold import simplify_unfold
 from lmkan_deploy.errors import ExportError
 from lmkan_deploy.runtime.tensors import TensorSpec
@@ -82,7 +82,7 @@ def to_onnx(
             program = torch.export.export(module, args, kwargs, dynamic_shapes=dict(shapes))
         except Exception as error:  # tracing runs the user's code, which may raise anything
             raise ExportError(f"PyTorch could not trace the network: {describe(error)}") from error
-    return program_to_onnx(program, inputs, opset=opset, passes=passes)
+    return _convert(program, inputs, opset, passes)
 
 
 def program_to_onnx(
@@ -101,9 +101,18 @@ def program_to_onnx(
         passes: Rewrites of the graph.
 
     Raises:
-        ExportError: It uses an operator that ONNX lacks.
+        ExportError: It changes its state, draws random numbers, returns something else than tensors, or uses an
+            operator that ONNX lacks.
     """
-    _check_program(program)
+    with _quiet():
+        check_program(program)
+    return _convert(program, inputs, opset, passes)
+
+
+def _convert(
+    program: torch.export.ExportedProgram, inputs: Sequence[TensorSpec], opset: int, passes: Collection[Pass]
+) -> ir.Model:
+    _check_operators(program)
     translation = {torch.ops.lmkan.lookup2d.default: _translation()}
     try:
         with _quiet():
@@ -143,7 +152,7 @@ def _translation() -> Any:
     return lookup2d
 
 
-def _check_program(program: torch.export.ExportedProgram) -> None:
+def _check_operators(program: torch.export.ExportedProgram) -> None:
     """Refuses what has no form in ONNX."""
     check_outputs(
         [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in _results(program)]

@@ -20,15 +20,47 @@ def check_call(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -
         ExportError: It fails, returns something else than tensors, or does not give the same answer twice.
     """
     try:
+        _call_twice(module, args, kwargs, "put layers such as BatchNorm into eval mode", "")
+    except _CallError as error:
+        raise ExportError(
+            f"the network does not take its inputs: {error}; check --input-shape, whose example "
+            f"inputs have the shapes {', '.join(str(list(x.shape)) for x in (*args, *kwargs.values()))}"
+        ) from error
+
+
+def check_program(program: torch.export.ExportedProgram) -> None:
+    """Calls a traced network twice on the inputs that it was traced with, where it has them.
+
+    Raises:
+        ExportError: See `check_call`.
+    """
+    if program.example_inputs is None:
+        return
+    args, kwargs = program.example_inputs
+    eval_mode = "trace the network in eval mode: call model.eval() before torch.export.export"
+    try:
+        _call_twice(program.module(), args, kwargs, eval_mode, f"{eval_mode}, ")
+    except _CallError as error:
+        raise ExportError(
+            f"the network does not take the inputs that it was traced with: {error}; trace it again"
+        ) from error
+
+
+class _CallError(Exception):
+    """A network raised something when it was called."""
+
+
+def _call_twice(
+    module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], against_state: str, against_chance: str
+) -> None:
+    """Raises ExportError with this advice where the calls differ, or what they return is no tensor."""
+    try:
         with torch.no_grad():
             first = module(*args, **kwargs)
             state = {name: buffer.clone() for name, buffer in module.named_buffers()}
             second = module(*args, **kwargs)
     except Exception as error:  # the user's network may raise anything
-        raise ExportError(
-            f"the network does not take its inputs: {describe(error)}; check --input-shape, whose example "
-            f"inputs have the shapes {', '.join(str(list(x.shape)) for x in (*args, *kwargs.values()))}"
-        ) from error
+        raise _CallError(describe(error)) from error
     leaves = _pytree.tree_leaves(first)
     check_outputs(leaves)
     # What is made at the first call, such as a cache of positions, may stay.
@@ -36,13 +68,13 @@ def check_call(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -
     if changed:
         raise ExportError(
             f"expected a network that keeps its state, found that each call changes {', '.join(changed[:3])}; "
-            "put layers such as BatchNorm into eval mode, or pass the state as an input and return it"
+            f"{against_state}, or pass the state as an input and return it"
         )
     if not all(map(_agree, leaves, _pytree.tree_leaves(second))):
         raise ExportError(
             "expected a network that gives the same answers at every call, found others at the second, so "
-            "it is random or counts its calls; call dropout with training=self.training, and pass random "
-            "numbers as an input"
+            f"it is random or counts its calls; {against_chance}call dropout with training=self.training, and "
+            "pass random numbers as an input"
         )
 
 
