@@ -68,7 +68,7 @@ def package(
             min=1,
             max=1024,
             metavar="NUMBER",
-            help="Threads of one run; for kserve and ray also the cores of a replica. Default: ONNX Runtime's "
+            help="For ONNX files: threads of one run; for kserve and ray also the cores of a replica. Default: ONNX Runtime's "
             "choice, or 1 for kserve and ray.",
         ),
     ] = None,
