@@ -96,6 +96,16 @@ def test_the_name_is_the_files_by_default(stack: ExportedStack, tmp_path: Path) 
         ({"repository_path": "/a; b"}, "expected an absolute --repository-path of letters"),
         ({"format": "kserve", "image": "a b"}, "expected the name of an image"),
         ({"format": "kserve", "name": "x" * 41}, "expected a name of at most 40 characters for kserve"),
+        ({"plugin": "plugin.so"}, "expected an engine with --plugin, found the ONNX file"),
+        ({"image": "a"}, "expected --image with the format kserve, found it with triton; leave it out"),
+        ({"wheel": "a.whl"}, "expected --wheel with the format kserve or ray, found it with triton;"),
+        (
+            {"format": "ray", "plugin": "plugin.so"},
+            "expected --plugin with the format triton, found it with ray",
+        ),
+        ({"format": "kserve", "repository_path": "/m"}, "expected --repository-path with the format triton"),
+        ({"format": "triton-python", "repository_path": "/m"}, "found it with triton-python; leave it out"),
+        ({"format": "ray", "image": "a"}, "expected --image with the format kserve, found it with ray"),
         ({"format": "ray", "wheel": "numpy-1.0-py3-none-any.whl"}, "expected a wheel lmkan_deploy-"),
     ],
 )

@@ -204,6 +204,10 @@ def test_triton_repository_of_an_engine(stack: ExportedStack, tmp_path: Path, pl
 def test_an_engine_without_plugin(stack: ExportedStack, tmp_path: Path) -> None:
     fixed = {"x": Profile((8, 10), (8, 10), (8, 10))}
     engine = make_engine(tmp_path / "e", stack.onnx, None, profiles=fixed)
+    for options in ({"plugin": tmp_path / "plugin.so"}, {"threads": 2}):
+        [option] = options
+        with pytest.raises(PackageError, match=f"with --{option}, found .*net.engine.*; leave it out"):
+            package_model(engine, tmp_path / "r", **options)
     result = package_model(engine, tmp_path / "r")
     assert config_of(tmp_path / "r" / "net").max_batch_size == 0
     assert result.start == ["tritonserver --model-repository=."]
@@ -228,7 +232,7 @@ def test_engines_that_triton_could_not_run_are_refused(
     refused("expected the plugin library .* found none; pass --plugin")
     refused("found no file .*gone.so; pass --plugin", plugin=tmp_path / "gone.so")
     for format_name in ("triton-python", "kserve", "ray"):
-        refused(f"expected an .onnx file for the format {format_name}", format=format_name, plugin=plugin)
+        refused(f"expected an .onnx file for the format {format_name}", format=format_name)
     plugin.with_name("liblmkan_tensorrt_register.so").rename(tmp_path / "away")
     refused("found no file .*_register.so", plugin=plugin)
     (tmp_path / "away").rename(plugin.with_name("liblmkan_tensorrt_register.so"))

@@ -68,8 +68,8 @@ def package(
             min=1,
             max=1024,
             metavar="NUMBER",
-            help="For ONNX files: threads of one run; for kserve and ray also the cores of a replica. Default: ONNX Runtime's "
-            "choice, or 1 for kserve and ray.",
+            help="For ONNX files: threads of one run; for kserve and ray also the cores of a replica. Default: "
+            "ONNX Runtime's choice, or 1 for kserve and ray.",
         ),
     ] = None,
     repository_path: Annotated[

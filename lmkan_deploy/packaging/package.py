@@ -25,6 +25,14 @@ DEFAULT_MAX_DELAY_US = 100
 MAX_BATCH = 2**24
 MAX_DELAY_US = 10**7
 
+_FORMATS_WITH = {
+    "--repository-path": ("triton",),
+    "--plugin": ("triton",),
+    "--image": ("kserve",),
+    "--wheel": ("kserve", "ray"),
+}
+"""Options that not all formats have, and those which do."""
+
 _WRITERS: dict[str, Callable[[Source, Settings, Path], list[str]]] = {
     "triton": triton.write,
     "triton-python": triton_python.write,
@@ -80,7 +88,7 @@ def package_model(
         max_batch: Most rows of one run. Models whose tensors do not all lead with the same free axis run each
             request alone.
         max_delay_us: Microseconds that a request waits for others.
-        threads: Threads of one run; None leaves the choice to the runtime.
+        threads: Threads of one run of an ONNX file; None leaves the choice to the runtime.
         repository_path: For `triton`, where the repository will lie on the server, so that it may be started
             anywhere; by default it is started inside the repository.
         plugin: For an engine, the plugin library that it was built with, where not the package's own.
@@ -88,11 +96,18 @@ def package_model(
         wheel: For `kserve` and `ray`, a wheel of this package to put into the folder.
 
     Raises:
-        LmkanError: The model can't be read, does not fit the format, or the folder can't be written.
+        LmkanError: The model can't be read, does not fit the format, the format does not have an option, or the
+            folder can't be written.
     """
     path = Path(model)
     if format not in get_args(FormatName):
         raise PackageError(f"expected a format of {', '.join(get_args(FormatName))}, found {format!r}")
+    given = {"--repository-path": repository_path, "--plugin": plugin, "--image": image, "--wheel": wheel}
+    for option, formats in _FORMATS_WITH.items():
+        if given[option] is not None and format not in formats:
+            raise PackageError(
+                f"expected {option} with the format {' or '.join(formats)}, found it with {format}; leave it out"
+            )
     for what, number, least, most in (
         ("--max-batch", max_batch, 1, MAX_BATCH),
         ("--max-delay-us", max_delay_us, 0, MAX_DELAY_US),

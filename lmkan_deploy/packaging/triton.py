@@ -31,6 +31,10 @@ def write(source: Source, settings: Settings, folder: Path) -> list[str]:
             f"expected an absolute --repository-path of letters, digits and / . _ + -, found {path!r}"
         )
     if source.manifest is None:
+        if settings.plugin is not None:
+            raise PackageError(
+                f"expected an engine with --plugin, found the ONNX file {source.path}; leave it out"
+            )
         return _write_onnx(source, settings, folder)
     return _write_engine(source, source.manifest, settings, folder)
 
@@ -68,6 +72,16 @@ def _write_engine(source: Source, manifest: Manifest, settings: Settings, folder
         raise PackageError(
             f"expected an engine for tensorrt, which Triton runs, found one for {manifest.runtime}; build it "
             "with lmkan-deploy build --runtime tensorrt, or package the ONNX file"
+        )
+    if settings.threads is not None:
+        raise PackageError(
+            f"expected an ONNX file with --threads, found the engine {source.path}, which runs on the GPU; "
+            "leave it out"
+        )
+    if settings.plugin is not None and manifest.plugin_sha256 is None:
+        raise PackageError(
+            f"expected an engine that needs a plugin with --plugin, found {source.path}, which needs none; "
+            "leave it out"
         )
     model = folder / settings.name
     (model / "1").mkdir(parents=True)
