@@ -202,6 +202,26 @@ class TestMistakes:
         fails(cli("verify", methane, "--outputs", tmp_path / "wide.npz"), 2, "--inputs")
         assert not (tmp_path / "outputs.npz").exists()
 
+    def test_models_of_two_inputs(self, tmp_path: Path) -> None:
+        text = """<ir_version: 8, opset_import: ["" : 18]>
+        g (float[n, 4] left, float[n, 4] right) => (float[n, 4] y) { y = Add (left, right) }"""
+        onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+        left, right = np.zeros((3, 4), np.float32), np.zeros((5, 4), np.float32)
+        np.save(tmp_path / "x.npy", left)
+        np.savez(tmp_path / "one.npz", left=left)
+        np.savez(tmp_path / "rows.npz", left=left, right=right)
+        np.savez(tmp_path / "wide.npz", left=left, right=right[:, :3])
+        for name, fragments in {
+            "x.npy": (
+                "expected an .npz file with the arrays left, right, found the single array of x.npy",
+                "numpy.savez(file, left=..., right=...)",
+            ),
+            "one.npz": ("expected arrays left, right in one.npz, found left",),
+            "rows.npz": ("expected input right float32[n, 4] with n = 3 as in left, found shape [5, 4]",),
+            "wide.npz": ("expected input right float32[n, 4], found shape [5, 3]",),
+        }.items():
+            fails(cli("run", "m.onnx", "-i", name, cwd=tmp_path), 2, *fragments)
+
     def test_pickled_arrays_are_not_loaded(self, methane: Path, tmp_path: Path) -> None:
         np.savez(tmp_path / "objects.npz", x=np.array([{"a": 1}], dtype=object))
         fails(cli("run", methane, "-i", tmp_path / "objects.npz"), 2, "could not read")

@@ -37,6 +37,12 @@ def read_arrays(path: Path, names: list[str]) -> Arrays:
         raise InputError(f"expected a .npz or .npy file of arrays, could not read {path}: {error}") from error
     if len(arrays) == 1 and len(names) == 1:
         return {names[0]: next(iter(arrays.values()))}
+    if names and not hasattr(content, "files"):
+        keywords = ", ".join(f"{name}=..." for name in names)
+        raise InputError(
+            f"expected an .npz file with the arrays {', '.join(names)}, found the single array of {path}; save "
+            f"them with numpy.savez(file, {keywords})"
+        )
     # A file may hold more than the model needs, such as inputs and expected outputs together.
     missing = [name for name in names if name not in arrays]
     if missing:

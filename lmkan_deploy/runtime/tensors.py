@@ -71,7 +71,23 @@ def check_inputs(specs: Sequence[TensorSpec], feeds: Mapping[str, NDArray[Any]])
             for expected_size, size in zip(spec.shape, array.shape, strict=True)
         )
         if not fits:
-            raise InputError(f"expected input {spec}, found shape {list(array.shape)}")
+            raise InputError(_misfit(specs, spec, array.shape, sizes))
+
+
+def _misfit(
+    specs: Sequence[TensorSpec], spec: TensorSpec, shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> str:
+    """What is wrong with a shape that does not fit: the input's own, or its agreement with those before it."""
+    if len(shape) == len(spec.shape):
+        pairs = list(zip(spec.shape, shape, strict=True))
+        if all(size == expected for expected, size in pairs if isinstance(expected, int)):
+            axis = next(name for name, size in pairs if isinstance(name, str) and sizes[name] != size)
+            first = next(other.name for other in specs if axis in other.shape)
+            return (
+                f"expected input {spec} with {axis} = {sizes[axis]} as in {first}, found shape {list(shape)}; "
+                "axes of one name have one size"
+            )
+    return f"expected input {spec}, found shape {list(shape)}"
 
 
 def _fits(expected: int | str | None, size: int, sizes: dict[str, int]) -> bool:
