@@ -119,6 +119,31 @@ def test_a_network_whose_only_child_has_the_name_of_a_wrapper(saved: str, name: 
     torch.testing.assert_close(checkpoint.module(x), getattr(outer, name)(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("form", ["own state", "plain state", "pickled"])
+@pytest.mark.parametrize(
+    "wrapper",
+    ["nn.DataParallel", "optim.swa_utils.AveragedModel", "compile", "nn.DataParallel(torch.compile"],
+)
+def test_wrapped_networks(wrapper: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closing = ")" * (1 + wrapper.count("("))
+    (tmp_path / "wrapping.py").write_text(
+        "import torch\n"
+        "from networks import make_stack\n"
+        f"def build():\n    return torch.{wrapper}(make_stack(6, 10, 4){closing}\n"
+    )
+    monkeypatch.delitem(sys.modules, "wrapping", raising=False)
+    architecture = lmkan_deploy.Architecture("wrapping:build", tmp_path)
+    module = architecture.build()
+    plain = make_stack(6, 10, 4).state_dict()
+    content = {"own state": module.state_dict(), "plain state": plain, "pickled": module}[form]
+    torch.save(content, tmp_path / "model.pt")
+    trust = form == "pickled"
+    checkpoint = lmkan_deploy.load_checkpoint(tmp_path / "model.pt", architecture, trust_pickle=trust)
+    assert [str(spec) for spec in input_specs(checkpoint.module)] == ["x float32[batch, 6]"]
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(checkpoint.module(x), make_stack(6, 10, 4)(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("prefix", ["", "model.", "net.inner."])
 def test_state_of_a_larger_module(prefix: str, user_model: UserModel, tmp_path: Path) -> None:
     state = torch.load(user_model.state_dict, weights_only=True)

@@ -144,10 +144,10 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 def _from_content(path: Path, content: Any, architecture: Architecture) -> Checkpoint:
     if isinstance(content, nn.Module):
-        return Checkpoint(path, "pickled module", _prepare(content))
+        return Checkpoint(path, "pickled module", _prepare(_unwrapped(content)))
     state = unwrap(content, path)
     if architecture.factory is not None:
-        module = architecture.build()
+        module = _unwrapped(architecture.build())
         notes = fill(module, state, architecture.factory)
         return Checkpoint(path, "state dict", _prepare(module), notes=notes)
     notes = []
@@ -157,6 +157,20 @@ def _from_content(path: Path, content: Any, architecture: Architecture) -> Check
     if any(value.dtype == torch.float64 for value in state.values()):
         notes.append("converted the weights from float64 to float32")
     return Checkpoint(path, "inferred stack", _prepare(module), notes=notes)
+
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The network inside of what trains, averages or compiles it, whose forward hides the network's inputs."""
+    while True:
+        if any(type(module).forward is wrapper.forward for wrapper in _WRAPPERS):
+            module = module.module  # type: ignore[assignment]
+        elif type(module).__name__ == "OptimizedModule":  # torch.compile's; its import takes a second
+            module = module._orig_mod  # type: ignore[assignment]
+        else:
+            return module
 
 
 def _prepare(module: nn.Module) -> nn.Module:
