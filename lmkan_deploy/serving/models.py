@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lmkan_deploy.errors import LmkanError, ModelError
 from lmkan_deploy.model_name import check_model_name, is_model_name
 from lmkan_deploy.runtime.runner import Runner, RuntimeName, load_runner
-from lmkan_deploy.runtime.tensors import Arrays, random_inputs, rows_are_free
+from lmkan_deploy.runtime.tensors import Arrays, random_inputs, rows_are_free, rows_are_independent
 from lmkan_deploy.serving.batching import Batcher, BatchingOptions
 from lmkan_deploy.serving.errors import NotFoundError, UnavailableError
 from lmkan_deploy.serving.health import Health
@@ -29,9 +29,6 @@ _log = logging.getLogger(__name__)
 
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _SUFFIXES = (".onnx", ".engine")
-
-_ROUNDING = 1e-2
-"""Relative difference that batches of other sizes may make; networks amplify that of their kernels."""
 
 Load = Callable[[Path], Runner]
 
@@ -343,38 +340,18 @@ def _open_and_try(load: Load, file: Path, options: BatchingOptions) -> tuple[Run
         runner = load(file)
     started = time.perf_counter()
     batches = {1}
-    if rows_are_free(runner.inputs, runner.outputs):
+    is_free = rows_are_free(runner.inputs, runner.outputs)
+    if is_free:
         padded = getattr(runner, "batch_sizes", None) or ()
         batches |= {options.max_batch, *(rows for rows in padded if rows < options.max_batch)}
     for rows in sorted(batches):
         runner.run(random_inputs(runner.inputs, {None: rows}, np.random.default_rng(0)))
     _log.debug("%s: first runs took %.3f s", file, time.perf_counter() - started)
-    may_join = _rows_are_independent(runner)
+    # Where shapes do not let requests be joined, there is nothing to try.
+    may_join = not is_free or rows_are_independent(runner.run, runner.inputs)
     if not may_join and getattr(runner, "batch_sizes", None) is not None:
         raise ModelError(
             f"expected rows that do not depend on each other in {file.name}, since CUDA graphs pad batches; "
             "serve it without --cuda-graphs"
         )
     return runner, may_join
-
-
-def _rows_are_independent(runner: Runner) -> bool:
-    """Whether two rows have the same outputs together and apart, but for rounding; or can't be joined anyway."""
-    if not rows_are_free(runner.inputs, runner.outputs):
-        return True
-    both = random_inputs(runner.inputs, {None: 2}, np.random.default_rng(1))
-    together = runner.run(both)
-    apart = [runner.run({name: array[row : row + 1] for name, array in both.items()}) for row in range(2)]
-    for name, found in together.items():
-        expected = np.concatenate([outputs[name] for outputs in apart])
-        if expected.shape != found.shape:
-            return False
-        if expected.dtype.kind in "biu":  # rounding may change a class
-            continue
-        expected = expected.astype(np.float64)
-        finite = np.abs(expected[np.isfinite(expected)])
-        scale = np.abs(expected) + (finite.max() if finite.size else 0)
-        with np.errstate(invalid="ignore"):
-            if (np.abs(found.astype(np.float64) - expected) > _ROUNDING * scale).any():
-                return False
-    return True
