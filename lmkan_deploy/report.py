@@ -28,6 +28,8 @@ def print_export(result: ExportResult) -> None:
     info = result.info
     article = "an" if result.kind[0] in "aeiou" else "a"
     _print((str(result.path), "bold"), f"  {_bytes(info.file_bytes)}, from {article} {result.kind}")
+    # Shapes may have been inferred.
+    _print(f"{'; '.join(info.inputs)} -> {'; '.join(info.outputs)}")
     _print_layers(info)
     for note in result.notes:
         _print(f"note: {note}")

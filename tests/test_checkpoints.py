@@ -581,3 +581,46 @@ def test_input_shapes_that_are_not_the_networks() -> None:
     assert [spec.name for spec in specs] == ["x", "rest0", "b", "scale"]
     with pytest.raises(CheckpointError, match="at most 1,073,741,824 elements"):
         example_inputs([parse_input_shape("n,999999999999999999999")], {"n": 2})
+
+
+class Sequences(torch.nn.Module):
+    """Lookup layers on [batch, length, features], around what a test chooses."""
+
+    def __init__(self, middle) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = LMKAN2DLayer(6, 16, 16), LMKAN2DLayer(6, 16, 4)
+        torch.nn.init.normal_(self.first.func_parameter)
+        torch.nn.init.normal_(self.last.func_parameter)
+        self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+        self.middle = middle
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.middle(self, self.first(x))
+
+
+@pytest.mark.parametrize(
+    ("middle", "inferred"),
+    [
+        (lambda net, x: net.last(net.attention(x, x, x)[0]), False),
+        (lambda net, x: net.last(x).mean(-2), False),
+        (lambda net, x: net.last(x - x.mean(-2, keepdim=True)), False),
+        (lambda net, x: net.last(x), True),
+        (lambda net, x: {"y": net.last(x), "class": net.last(x).argmax(-1), "scale": x.new_ones(2)}, True),
+        (lambda net, x: (net.last(x).flatten(), None, x.new_ones(())), True),
+        (lambda net, x: net.last(x) + torch.rand_like(net.last(x)), True),  # refused later, with the reason
+    ],
+    ids=["attention", "mean", "centred", "by row", "classes", "flat", "random"],
+)
+def test_rows_of_sequences_are_not_taken_for_batches(middle, inferred: bool) -> None:
+    module = Sequences(middle).eval()
+    for dtype in (torch.float32, torch.bfloat16):
+        if inferred:
+            name = str(dtype).removeprefix("torch.")
+            assert [str(spec) for spec in input_specs(module.to(dtype))] == [f"x {name}[batch, 16]"]
+            continue
+        with pytest.raises(
+            CheckpointError, match="depend on each other.*--input-shape x:batch,length,16, or"
+        ):
+            input_specs(module.to(dtype))
+    assert len(input_specs(module, [parse_input_shape("batch,16")])) == 1

@@ -50,7 +50,13 @@ def methane(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "methane.onnx"
     result = cli("export", *METHANE, "-o", path)
     assert result.returncode == 0, result.stderr
-    for fragment in ("lmkan1", "86,528", "verified onnxruntime against PyTorch", "from a state dict"):
+    for fragment in (
+        "x float32[batch, 12] -> y float32[batch, 1]",
+        "lmkan1",
+        "86,528",
+        "verified onnxruntime against PyTorch",
+        "from a state dict",
+    ):
         assert fragment in result.stdout
     assert result.stderr == ""
     return path

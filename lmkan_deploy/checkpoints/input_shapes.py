@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lmkan_deploy.checkpoints.state_dict import one_line
 from lmkan_deploy.errors import CheckpointError
 from lmkan_deploy.nn import LMKAN2DLayer
-from lmkan_deploy.runtime.tensors import TensorSpec
+from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, random_inputs, rows_are_independent
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool")
 
@@ -56,7 +57,8 @@ def input_specs(module: nn.Module, shapes: Sequence[TensorSpec] = ()) -> list[Te
     Args:
         module: The network.
         shapes: What the user said, by name or by position; those of `*args` may have any name. Without
-            it, a network with one parameter is tried with [batch, N_in] of its first lookup layer.
+            it, a network with one parameter is tried with [batch, N_in] of its first lookup layer; its rows
+            may not depend on each other, since the first axis of a sequence is no batch.
 
     Raises:
         CheckpointError: The shapes don't match the parameters, or none could be found.
@@ -173,13 +175,57 @@ def _inferred(module: nn.Module, required: list[str]) -> TensorSpec:
     spec = TensorSpec(name, (BATCH, layer.input_dim), dtype)
     try:
         with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
-            for size in (2, 3):
-                args, kwargs = call_arguments(module, [name], example_inputs([spec], {BATCH: size}))
-                module(*args, **kwargs)
+            outputs = [_leaves(module, name, *example_inputs([spec], {BATCH: size})) for size in (2, 3)]
+            depend = _rows_depend(module, spec, outputs)
     except Exception as error:  # any network may raise anything
         raise CheckpointError(
             f"can't infer the shape of the input {name}: the network does not take {spec} "
             f"({type(error).__name__}: {one_line(error)}); pass "
             f"--input-shape, such as --input-shape {name}:batch,3,32,32"
         ) from error
+    if depend:
+        raise CheckpointError(
+            f"can't infer the shape of the input {name}: the rows of {spec} depend on each other, as those of a "
+            f"sequence do; pass --input-shape, such as --input-shape {name}:batch,length,{layer.input_dim}, or "
+            f"--input-shape {name}:batch,{layer.input_dim} if it is right"
+        )
     return spec
+
+
+def _leaves(module: nn.Module, name: str, x: Tensor) -> list[Any]:
+    args, kwargs = call_arguments(module, [name], [x])
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(module(*args, **kwargs)) if leaf is not None]
+
+
+def _rows_depend(module: nn.Module, spec: TensorSpec, outputs: Sequence[list[Any]]) -> bool:
+    """Whether an output's row depends on other rows of the input.
+
+    Args:
+        module: The network.
+        spec: Its input, [batch, features].
+        outputs: What it returned for two batches of different sizes.
+    """
+    if any(not isinstance(leaf, Tensor) for leaf in outputs[0]):
+        return False  # refused later
+    has_rows = [a.shape[:1] != b.shape[:1] for a, b in zip(*outputs, strict=True)]
+
+    def run(feeds: Arrays) -> Arrays:
+        x = torch.from_numpy(feeds[spec.name].astype(np.float32)).to(getattr(torch, spec.dtype))
+        leaves = [
+            (leaf.double() if leaf.is_floating_point() else leaf).numpy()
+            for leaf in _leaves(module, spec.name, x)
+        ]
+        # What has no rows is the same for each, or depends on them.
+        return {
+            str(index): leaf if rows else np.broadcast_to(leaf, (len(x), *leaf.shape))
+            for index, (leaf, rows) in enumerate(zip(leaves, has_rows, strict=True))
+        }
+
+    if rows_are_independent(run, [spec]):
+        return False
+    # A random network, or one that changes its state, is refused with the reason later.
+    x = random_inputs([spec], {None: 2}, np.random.default_rng(0))
+    return all(
+        np.allclose(a, b, 1e-3, 1e-3, equal_nan=True)
+        for a, b in zip(run(x).values(), run(x).values(), strict=True)
+    )
