@@ -593,6 +593,8 @@ class Sequences(torch.nn.Module):
         torch.nn.init.normal_(self.first.func_parameter)
         torch.nn.init.normal_(self.last.func_parameter)
         self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+        self.register_buffer("mean", torch.zeros(16))
+        self.register_buffer("var", torch.ones(16))
         self.middle = middle
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -609,8 +611,9 @@ class Sequences(torch.nn.Module):
         (lambda net, x: {"y": net.last(x), "class": net.last(x).argmax(-1), "scale": x.new_ones(2)}, True),
         (lambda net, x: (net.last(x).flatten(), None, x.new_ones(())), True),
         (lambda net, x: net.last(x) + torch.rand_like(net.last(x)), True),  # refused later, with the reason
+        (lambda net, x: torch.nn.functional.batch_norm(x, net.mean, net.var, training=True), True),  # as well
     ],
-    ids=["attention", "mean", "centred", "by row", "classes", "flat", "random"],
+    ids=["attention", "mean", "centred", "by row", "classes", "flat", "random", "training"],
 )
 def test_rows_of_sequences_are_not_taken_for_batches(middle, inferred: bool) -> None:
     module = Sequences(middle).eval()
