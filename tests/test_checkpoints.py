@@ -612,8 +612,9 @@ class Sequences(torch.nn.Module):
         (lambda net, x: (net.last(x).flatten(), None, x.new_ones(())), True),
         (lambda net, x: net.last(x) + torch.rand_like(net.last(x)), True),  # refused later, with the reason
         (lambda net, x: torch.nn.functional.batch_norm(x, net.mean, net.var, training=True), True),  # as well
+        (lambda net, x: x - net.mean.mul_(0.5).add_(x.mean(0)), True),  # as well
     ],
-    ids=["attention", "mean", "centred", "by row", "classes", "flat", "random", "training"],
+    ids=["attention", "mean", "centred", "by row", "classes", "flat", "random", "training", "state"],
 )
 def test_rows_of_sequences_are_not_taken_for_batches(middle, inferred: bool) -> None:
     module = Sequences(middle).eval()
