@@ -539,6 +539,12 @@ def test_examples_in_the_help_can_be_copied(command: str, columns: int) -> None:
             assert re.search(rf"^ +(.*, )?{option}[ ,]", text, re.MULTILINE), option
 
 
+def test_the_help_of_the_server_says_what_cuda_graphs_do() -> None:
+    text = " ".join(cli("serve", "--help").stdout.split())
+    assert "--cuda-graphs Run engines with CUDA graphs" in text
+    assert "padded with rows of zeros to the next of few sizes (1, 2, 3, 4, 6, 8, 12, ...)" in text
+
+
 def test_help_has_an_example_for_every_command() -> None:
     overview = cli("--help").stdout
     for command in ("export", "verify", "run", "inspect"):

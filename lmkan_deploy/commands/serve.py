@@ -8,7 +8,6 @@ from typing import Annotated, Optional
 
 import typer
 
-from lmkan_deploy.commands.options import CudaGraphs
 from lmkan_deploy.errors import InputError
 
 TOKEN_VARIABLE = "LMKAN_DEPLOY_TOKEN"
@@ -107,7 +106,15 @@ def serve(
             metavar="NAME", help="What runs ONNX files: onnxruntime, onnxruntime-cuda, ... as in run."
         ),
     ] = "onnxruntime",
-    cuda_graphs: CudaGraphs = False,
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graphs",
+            help="Run engines with CUDA graphs, which saves the launches of many small kernels. Batches are "
+            "padded with rows of zeros to the next of few sizes (1, 2, 3, 4, 6, 8, 12, ...), whose graphs are "
+            "captured while the model is loaded. Refuses networks whose rows depend on each other.",
+        ),
+    ] = False,
     watch: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
