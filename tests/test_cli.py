@@ -444,6 +444,8 @@ def test_stderr_of_a_network_that_depends_on_its_data(tmp_path: Path) -> None:
     (tmp_path / "talk.py").write_text(TALKATIVE)
     torch.save(make_stack(4, 2)[0].state_dict(), tmp_path / "m.pt")
     call = ("m.pt", "--arch", "talk:Branching", "--arch-path", ".", "--arch-args", "[6, 4, 2]")
+    fails(cli("export", *call, cwd=tmp_path), 2, "the rows of x float32[batch, 4] depend on each other")
+    call = (*call, "--input-shape", "batch,4")
     fails(cli("export", *call, cwd=tmp_path), 2, "could not trace")
     debug = cli("--debug", "export", *call, cwd=tmp_path).stderr
     assert "torch.ops.lmkan.lookup2d" in debug
