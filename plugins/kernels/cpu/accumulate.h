@@ -20,7 +20,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 #include <type_traits>
 #include <utility>
 
@@ -28,65 +27,10 @@
 #include "float16.h"
 #include "inlining.h"
 #include "kernel.h"
+#include "prefetch.h"
 
 namespace lmkan::cpu {
 namespace {
-
-inline constexpr int64_t kCacheLine = 64;
-
-template <class T>
-inline constexpr bool kIsInt8 = std::is_same_v<T, Int8Pair> || std::is_same_v<T, Int8Entry>;
-
-// Asks for memory that the next pass reads; it may be any address.
-inline void PrefetchToL2(uintptr_t address) {
-#if defined(__GNUC__)
-  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
-#else
-  (void)address;
-#endif
-}
-
-// Fetches the next pass's slice a few lines a row, or a row's corners of it.
-template <class T>
-class Prefetcher {
- public:
-  explicit Prefetcher(const AccumulateArgs& args)
-      : address_(reinterpret_cast<uintptr_t>(args.next_slices)),
-        lines_(args.next_slices == nullptr || args.next_records != nullptr ? 0 : LinesOfRow(args)),
-        record_(args.next_slices == nullptr ? nullptr : args.next_records),
-        pairs_(args.next_pairs),
-        strides_(args.strides) {}
-
-  LMKAN_ALWAYS_INLINE void Row() {
-    for (int64_t i = 0; i < lines_; ++i, address_ += kCacheLine) PrefetchToL2(address_);
-    if (record_ == nullptr) return;
-    for (int64_t p = 0; p < pairs_; ++p) Corners(p);
-    ++record_;
-  }
-
- private:
-  static int64_t LinesOfRow(const AccumulateArgs& args) {
-    const int64_t lines = (args.next_bytes + kCacheLine - 1) / kCacheLine;
-    return (lines + args.rows - 1) / args.rows;
-  }
-
-  LMKAN_ALWAYS_INLINE void Corners(int64_t pair) const {
-    int64_t cell = record_->cell[pair];
-    if (kIsInt8<T> && cell < 0) cell = ~cell;
-    const int64_t first = pair * strides_.pair + cell * strides_.cell;
-    for (const int64_t line : {int64_t{0}, strides_.line}) {
-      PrefetchToL2(address_ + static_cast<uintptr_t>(first + line) * sizeof(T));
-      if (std::is_same_v<T, Int8Pair>) continue;  // has its neighbour beside it
-      PrefetchToL2(address_ + static_cast<uintptr_t>(first + line + strides_.cell) * sizeof(T));
-    }
-  }
-
-  uintptr_t address_;
-  int64_t lines_;
-  const CellRecord* record_;
-  int64_t pairs_;
-  TableStrides strides_;
-};
 
 // The corner weights of a record. Lane p of each quarter belongs to the group's pair p: one
 // register serves four pairs, and a shuffle spreads one pair's weight. The load ports are the
@@ -130,38 +74,40 @@ LMKAN_ALWAYS_INLINE void AddPair(const T* first_corner, const TableStrides& stri
 }
 
 // Adds the pairs kPair... of a group.
-template <class V, class T, int kBlockVectors, int kVectors, int... kPair>
+template <class V, class T, int kBlockVectors, class Prefetch, int kVectors, int... kPair>
 LMKAN_ALWAYS_INLINE void AddPairs(const T* slices, const TableStrides& strides,
                                   const CellRecord& record, typename V::Reg (&sums)[kVectors],
-                                  std::integer_sequence<int, kPair...>) {
+                                  Prefetch& prefetcher, std::integer_sequence<int, kPair...>) {
   const Weights<V> weights(record);
-  (AddPair<V, T, kBlockVectors, kPair>(
-       slices + kPair * strides.pair + record.cell[kPair] * strides.cell, strides, weights, sums),
+  ((AddPair<V, T, kBlockVectors, kPair>(
+        slices + kPair * strides.pair + record.cell[kPair] * strides.cell, strides, weights, sums),
+    prefetcher.Pair(kPair)),
    ...);
 }
 
 // Adds the first kPairs pairs of a group.
-template <class V, class T, int kBlockVectors, int kPairs, int kVectors>
+template <class V, class T, int kBlockVectors, int kPairs, class Prefetch, int kVectors>
 LMKAN_ALWAYS_INLINE void AddGroup(const T* slices, const float* scales, const TableStrides& strides,
-                                  const CellRecord& record, typename V::Reg (&sums)[kVectors]) {
+                                  const CellRecord& record, Prefetch& prefetcher,
+                                  typename V::Reg (&sums)[kVectors]) {
   constexpr std::make_integer_sequence<int, kPairs> pairs;
   if constexpr (kIsInt8<T>) {
     static_assert(kBlockVectors == kVectors, "one block");
-    AddInt8Pairs<V>(slices, scales, strides, record, sums, pairs);
+    AddInt8Pairs<V>(slices, scales, strides, record, sums, prefetcher, pairs);
   } else {
     static_cast<void>(scales);
-    AddPairs<V, T, kBlockVectors>(slices, strides, record, sums, pairs);
+    AddPairs<V, T, kBlockVectors>(slices, strides, record, sums, prefetcher, pairs);
   }
 }
 
 // One group of pairs, all rows.
-template <class V, class T, int kVectors, int kPairs>
+template <class V, class T, int kVectors, int kPairs, class Prefetch>
 void AccumulateGroup(const AccumulateArgs& args) {
   using Parts = Int8Parts<V, T>;
   const T* slices = static_cast<const T*>(args.slices);
   const float* scales = args.scales;
   const TableStrides strides = args.strides;
-  Prefetcher<T> prefetcher(args);
+  Prefetch prefetcher(args);
   const CellRecord* record = args.records;
   // Copies, because the compiler must assume that the stores below change args.
   const bool is_first = args.is_first;
@@ -176,7 +122,8 @@ void AccumulateGroup(const AccumulateArgs& args) {
         sums[v] = is_first ? V::Zero() : V::Load(in + (v * Parts::kParts + part) * V::kLanes);
       }
       AddGroup<V, T, kVectors, kPairs>(slices + part * Parts::kPartEntries,
-                                       scales + part * V::kLanes, strides, *record, sums);
+                                       scales + part * V::kLanes, strides, *record, prefetcher,
+                                       sums);
       for (int v = 0; v < kVectors; ++v) {
         V::Store(out + (v * Parts::kParts + part) * V::kLanes, sums[v]);
       }
@@ -195,24 +142,25 @@ LMKAN_ALWAYS_INLINE void AccumulateRowPart(const AccumulateRowArgs& args, int pa
   typename V::Reg sums[kVectors];
   for (int v = 0; v < kVectors; ++v) sums[v] = V::Zero();
   const T* slices = static_cast<const T*>(args.slices) + part * Parts::kPartEntries;
+  const NoPrefetcher prefetcher;
   const float* scales = args.scales + part * V::kLanes;
   const CellRecord* record = args.records;
   const TableStrides strides = args.strides;
   for (int64_t g = args.num_pairs / kGroupPairs; g > 0; --g) {
-    AddGroup<V, T, kBlockVectors, kGroupPairs>(slices, scales, strides, *record, sums);
+    AddGroup<V, T, kBlockVectors, kGroupPairs>(slices, scales, strides, *record, prefetcher, sums);
     slices += kGroupPairs * strides.pair;
     if (kIsInt8<T>) scales += kGroupPairs * Parts::kParts * kVectors * V::kLanes;
     record += args.record_stride;
   }
   switch (args.num_pairs % kGroupPairs) {
     case 1:
-      AddGroup<V, T, kBlockVectors, 1>(slices, scales, strides, *record, sums);
+      AddGroup<V, T, kBlockVectors, 1>(slices, scales, strides, *record, prefetcher, sums);
       break;
     case 2:
-      AddGroup<V, T, kBlockVectors, 2>(slices, scales, strides, *record, sums);
+      AddGroup<V, T, kBlockVectors, 2>(slices, scales, strides, *record, prefetcher, sums);
       break;
     case 3:
-      AddGroup<V, T, kBlockVectors, 3>(slices, scales, strides, *record, sums);
+      AddGroup<V, T, kBlockVectors, 3>(slices, scales, strides, *record, prefetcher, sums);
       break;
     default:
       break;
@@ -231,15 +179,22 @@ void AccumulateRow(const AccumulateRowArgs& args) {
 
 template <class V, class T, int kVectors>
 void AccumulateGroupOf(const AccumulateArgs& args) {
+  using Spread = SpreadPrefetcher<Int8Parts<V, T>::kParts>;
   switch (args.num_pairs) {
     case 1:
-      return AccumulateGroup<V, T, kVectors, 1>(args);
+      return AccumulateGroup<V, T, kVectors, 1, RowPrefetcher<T>>(args);
     case 2:
-      return AccumulateGroup<V, T, kVectors, 2>(args);
+      return AccumulateGroup<V, T, kVectors, 2, RowPrefetcher<T>>(args);
     case 3:
-      return AccumulateGroup<V, T, kVectors, 3>(args);
+      return AccumulateGroup<V, T, kVectors, 3, RowPrefetcher<T>>(args);
     default:
-      return AccumulateGroup<V, T, kVectors, kGroupPairs>(args);
+      if (Spread::Serves(args)) return AccumulateGroup<V, T, kVectors, kGroupPairs, Spread>(args);
+      if constexpr (std::is_same_v<T, Int8Entry>) {
+        if (args.next_records != nullptr) {
+          return AccumulateGroup<V, T, kVectors, kGroupPairs, SpreadCornerPrefetcher<T>>(args);
+        }
+      }
+      return AccumulateGroup<V, T, kVectors, kGroupPairs, RowPrefetcher<T>>(args);
   }
 }
 

@@ -159,32 +159,37 @@ LMKAN_NEVER_INLINE void AddInt8GroupAsFloats(const T* slices, const float* scale
 }
 
 // Adds the pairs kPair... of a group, whose weights are rounded.
-template <class V, bool kCoarse, class T, int kVectors, int... kPair>
+template <class V, bool kCoarse, class T, class Prefetch, int kVectors, int... kPair>
 LMKAN_ALWAYS_INLINE void AddRoundedPairs(const T* slices, const float* scales,
                                          const TableStrides& strides, const CellRecord& record,
-                                         int32_t first_cell, typename V::Reg (&sums)[kVectors],
+                                         int32_t first_cell, Prefetch& prefetcher,
+                                         typename V::Reg (&sums)[kVectors],
                                          std::integer_sequence<int, kPair...>) {
-  (AddInt8Pair<V, kPair, kCoarse>(
-       slices + kPair * strides.pair +
-           (kPair == 0 ? first_cell : record.cell[kPair]) * strides.cell,
-       strides.line, scales + kPair * kVectors * Int8Parts<V, T>::kParts * V::kLanes, record, sums),
+  ((AddInt8Pair<V, kPair, kCoarse>(
+        slices + kPair * strides.pair +
+            (kPair == 0 ? first_cell : record.cell[kPair]) * strides.cell,
+        strides.line, scales + kPair * kVectors * Int8Parts<V, T>::kParts * V::kLanes, record,
+        sums),
+    prefetcher.Pair(kPair)),
    ...);
 }
 
 // Adds the pairs kPair... of a group.
-template <class V, class T, int kVectors, int... kPair>
+template <class V, class T, class Prefetch, int kVectors, int... kPair>
 LMKAN_ALWAYS_INLINE void AddInt8Pairs(const T* slices, const float* scales,
                                       const TableStrides& strides, const CellRecord& record,
-                                      typename V::Reg (&sums)[kVectors],
+                                      typename V::Reg (&sums)[kVectors], Prefetch& prefetcher,
                                       std::integer_sequence<int, kPair...> pairs) {
   if (__builtin_expect(record.cell[0] >= 0, 1)) {
-    AddRoundedPairs<V, false>(slices, scales, strides, record, record.cell[0], sums, pairs);
+    AddRoundedPairs<V, false>(slices, scales, strides, record, record.cell[0], prefetcher, sums,
+                              pairs);
     return;
   }
   if (record.cell[1] >= 0) {
     typename V::Reg values[kVectors];
     for (int v = 0; v < kVectors; ++v) values[v] = V::Zero();
-    AddRoundedPairs<V, true>(slices, scales, strides, record, ~record.cell[0], values, pairs);
+    AddRoundedPairs<V, true>(slices, scales, strides, record, ~record.cell[0], prefetcher, values,
+                             pairs);
     constexpr float kUnit =
         std::is_same_v<T, Int8Entry> ? kCoarseUnit * kHalvesDivisor : kCoarseUnit;
     for (int v = 0; v < kVectors; ++v) {
@@ -195,6 +200,7 @@ LMKAN_ALWAYS_INLINE void AddInt8Pairs(const T* slices, const float* scales,
   float buffer[kVectors * V::kLanes];
   for (int v = 0; v < kVectors; ++v) V::Store(buffer + v * V::kLanes, sums[v]);
   AddInt8GroupAsFloats<V, T, kVectors>(slices, scales, strides, record, sizeof...(kPair), buffer);
+  (prefetcher.Pair(kPair), ...);
   for (int v = 0; v < kVectors; ++v) sums[v] = V::Load(buffer + v * V::kLanes);
 }
 

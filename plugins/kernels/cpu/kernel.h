@@ -10,6 +10,7 @@
 #define LMKAN_KERNELS_CPU_KERNEL_H_
 
 #include <cstdint>
+#include <type_traits>
 
 namespace lmkan::cpu {
 
@@ -50,6 +51,9 @@ struct Int8Entry {
   int8_t corner;
 };
 inline constexpr int64_t kCompactBlockOutputs = 64;
+
+template <class T>
+inline constexpr bool kIsInt8 = std::is_same_v<T, Int8Pair> || std::is_same_v<T, Int8Entry>;
 
 // The kernels interleave 16-bit words of a corner with those of its right neighbour, the lower or
 // the upper half of every 16 bytes, and then take the lower or the upper byte of each: four
