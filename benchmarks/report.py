@@ -33,6 +33,12 @@ def milliseconds(entry: Entry) -> str:
     return f"{stats['median'] * 1e3:.4g} ms ± {stats['iqr'] * 500:.2g}"
 
 
+def quartiles(values: list[float]) -> str:
+    """Median, first and third quartile."""
+    first, median, third = statistics.quantiles(values, n=4)
+    return f"{median:.2f} ({first:.2f} to {third:.2f})"
+
+
 def floor_seconds(shape: str, evaluations: int, bandwidth: dict[int, float]) -> float:
     """Time to load 4 float32 an evaluation from the level that holds one pair's slice."""
     _, n_out, grids = (int(part.strip("GB")) for part in shape.replace("x", "-").split("-")[:3])
@@ -42,17 +48,16 @@ def floor_seconds(shape: str, evaluations: int, bandwidth: dict[int, float]) -> 
 
 
 def shapes_table(entries: list[Entry], bandwidth: dict[int, float]) -> str:
-    """One row a shape and form."""
+    """One row a shape and form; the ratios to a dense layer are of runs that took turns with it."""
     by_shape: dict[str, dict[str, Entry]] = {}
     for entry in entries:
         info = entry["extra_info"]
         by_shape.setdefault(info["shape"], {})[info["form"]] = entry
     lines = [
-        "| shape | form | median, half IQR | G evaluations/s | of the floor | × dense | to reach |",
+        "| shape | form | median, half IQR | G evaluations/s | of the floor | × dense, quartiles | to reach |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for shape, forms in by_shape.items():
-        dense = forms["dense"]["stats"]["median"]
         for form, entry in forms.items():
             seconds = entry["stats"]["median"]
             evaluations = entry["extra_info"]["evaluations"]
@@ -63,11 +68,12 @@ def shapes_table(entries: list[Entry], bandwidth: dict[int, float]) -> str:
                 f"| {shape} | {form} | {milliseconds(entry)} "
                 f"| {f'{evaluations / seconds / 1e9:.2f}' if lookup else ''} "
                 f"| {f'{share:.0%}' if share is not None else ''} "
-                f"| {seconds / dense:.2f} | {f'≤ {target}' if target else ''} |"
+                f"| {quartiles(entry['extra_info']['ratios'])} | {f'≤ {target}' if target else ''} |"
             )
         for form in ("function", "embedding_bag"):
             if form in forms and "float32" in forms:
-                ratio = forms[form]["stats"]["median"] / forms["float32"]["stats"]["median"]
+                other, own = (statistics.median(forms[f]["extra_info"]["ratios"]) for f in (form, "float32"))
+                ratio = other / own
                 lines.append(f"| {shape} | **{form} / float32** | | | | **{ratio:.1f}** | |")
     return "\n".join(lines)
 
@@ -94,13 +100,9 @@ def one_row_table(interface: str, seconds: dict[str, list[float]]) -> str:
         "| --- | --- | --- |",
     ]
     for form, values in seconds.items():
-        low, median, high = statistics.quantiles(values, n=4)
         ratios = [a / b for a, b in zip(values, seconds["float32"], strict=True)]
-        first, middle, third = statistics.quantiles(ratios, n=4)
-        lines.append(
-            f"| {form} | {median * 1e6:.2f} ({low * 1e6:.2f} to {high * 1e6:.2f}) "
-            f"| {middle:.2f} ({first:.2f} to {third:.2f}) |"
-        )
+        microseconds = [value * 1e6 for value in values]
+        lines.append(f"| {form} | {quartiles(microseconds)} | {quartiles(ratios)} |")
     return "\n".join(lines)
 
 

@@ -32,8 +32,9 @@ def test_shapes(benchmark, shape: tuple[int, int, int, int], form: str) -> None:
     n_in, n_out, num_grids, batch = shape
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch, n_in), dtype=np.float32)
+    dense = workloads.dense(x, n_out)
     if form == "dense":
-        run = workloads.dense(x, n_out)
+        run = dense
     else:
         table = workloads.random_table(rng, n_in, n_out, num_grids)
         run = {
@@ -48,3 +49,4 @@ def test_shapes(benchmark, shape: tuple[int, int, int, int], form: str) -> None:
     benchmark.extra_info |= {"kind": "shapes", "shape": name(shape), "form": form}
     benchmark.extra_info["evaluations"] = batch * n_in // 2 * n_out
     benchmark(run)
+    benchmark.extra_info["ratios"] = workloads.paired_ratios(run, dense)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from lmkan_deploy.spec import DOMAIN, OP_TYPE, QUANTIZED_OP_TYPE
 OPSET = 20
 
 Run = Callable[[], object]
+
+PAIRED_SECONDS = 1.0
+SHORTEST_TURN = 2e-3
+FEWEST_TURNS = 15
 
 
 def random_table(rng: np.random.Generator, n_in: int, n_out: int, num_grids: int) -> np.ndarray:
@@ -145,3 +150,25 @@ def embedding_bag(x: np.ndarray, table: np.ndarray) -> Run:
             return _lookup2d_torch(features, weights)
 
     return run
+
+
+def paired_ratios(run: Run, baseline: Run) -> list[float]:
+    """Time of `run` by that of `baseline`, one ratio a turn.
+
+    They take turns, so that a machine that is slower for a while is slower for both.
+    """
+    run()
+    turns = [(call, max(1, round(SHORTEST_TURN / _seconds(call, 1)))) for call in (run, baseline)]
+    ratios: list[float] = []
+    started = time.perf_counter()
+    while len(ratios) < FEWEST_TURNS or time.perf_counter() - started < PAIRED_SECONDS:
+        measured, other = (_seconds(call, calls) / calls for call, calls in turns)
+        ratios.append(measured / other)
+    return ratios
+
+
+def _seconds(call: Run, calls: int) -> float:
+    started = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return time.perf_counter() - started
