@@ -1,5 +1,7 @@
 // Runs the operators on the CPU, on ONNX Runtime's own threads.
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -8,6 +10,7 @@
 #include "lmkan/lookup2d.h"
 #include "lookup2d_op.h"
 #include "node.h"
+#include "thread_estimate.h"
 
 namespace lmkan::ort {
 namespace {
@@ -17,12 +20,12 @@ struct DestroyTable {
 };
 using TableHandle = std::unique_ptr<lmkan_cpu_table, DestroyTable>;
 
-// Immutable after its creation, because Run may be called from many threads.
+// Run may be called from many threads: all but `threads` is immutable after its creation.
 struct Kernel {
   Node node;
-  int32_t num_threads;
   TableHandle constant_table;  // null when the table is computed or fed
   lmkan_table_desc constant_desc;
+  ThreadEstimate threads{std::max(1, static_cast<int32_t>(std::thread::hardware_concurrency()))};
 };
 
 OrtStatus* MakeTable(const Node& node, const lmkan_table_desc& desc, lmkan_ownership ownership,
@@ -39,8 +42,6 @@ OrtStatus* MakeTable(const Node& node, const lmkan_table_desc& desc, lmkan_owner
 
 OrtStatus* Initialize(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
                       Kernel* kernel) {
-  const unsigned threads = std::thread::hardware_concurrency();
-  kernel->num_threads = threads == 0 ? 1 : static_cast<int32_t>(threads);
   Node& node = kernel->node;
   if (OrtStatus* error = ReadNode(op, api, info, &node)) return error;
 
@@ -75,16 +76,23 @@ void ORT_API_CALL Destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
 
 // What the tasks of one call share.
 struct Call {
+  uint64_t id;  // no other call has it
   const lmkan_cpu_table* table;
   lmkan_dtype dtype;
   Rows rows;
   int64_t num_tasks;
+  std::atomic<int32_t> threads{0};  // that have run a task
   std::atomic<bool> failed{false};
   char message[kMessageSize];
 };
 
 void RunTask(void* data, size_t task) {
   auto* call = static_cast<Call*>(data);
+  thread_local uint64_t last_call = 0;
+  if (last_call != call->id) {
+    last_call = call->id;
+    call->threads.fetch_add(1, std::memory_order_relaxed);
+  }
   char message[kMessageSize];
   if (lmkan_cpu_lookup2d(call->table, call->dtype, call->rows.x, call->rows.y, call->rows.count,
                          static_cast<int64_t>(task), call->num_tasks, message,
@@ -94,8 +102,15 @@ void RunTask(void* data, size_t task) {
   }
 }
 
+// Rows times pairs times outputs, as far as 63 bits go.
+int64_t Evaluations(const lmkan_table_desc& desc, int64_t rows) {
+  int64_t product;
+  return __builtin_mul_overflow(rows, desc.num_pairs * desc.num_outputs, &product) ? INT64_MAX
+                                                                                   : product;
+}
+
 OrtStatus* ORT_API_CALL Compute(void* op_kernel, OrtKernelContext* context) {
-  const Kernel& kernel = *static_cast<const Kernel*>(op_kernel);
+  Kernel& kernel = *static_cast<Kernel*>(op_kernel);
   const Node& node = kernel.node;
 
   // The table.
@@ -110,18 +125,24 @@ OrtStatus* ORT_API_CALL Compute(void* op_kernel, OrtKernelContext* context) {
 
   // x and y.
   Call call;
+  static std::atomic<uint64_t> calls{0};
+  call.id = ++calls;
   call.table = table;
   call.dtype = node.op->x_dtype;
   if (OrtStatus* error = MapRows(node, context, desc, &call.rows)) return error;
   if (call.rows.count == 0) return nullptr;
 
   // The lookup.
-  call.num_tasks = lmkan_cpu_num_tasks(table, call.rows.count, kernel.num_threads);
+  const int64_t evaluations = Evaluations(desc, call.rows.count);
+  call.num_tasks = lmkan_cpu_num_tasks(table, call.rows.count, kernel.threads.Threads(evaluations));
   if (call.num_tasks == 1) {
     RunTask(&call, 0);
-  } else if (OrtStatus* error = node.api->KernelContext_ParallelFor(
-                 context, RunTask, static_cast<size_t>(call.num_tasks), 0, &call)) {
-    return error;
+  } else {
+    if (OrtStatus* error = node.api->KernelContext_ParallelFor(
+            context, RunTask, static_cast<size_t>(call.num_tasks), 0, &call)) {
+      return error;
+    }
+    kernel.threads.Found(evaluations, call.threads);
   }
   return call.failed ? Error(node, call.message) : nullptr;
 }
