@@ -79,17 +79,15 @@ def shapes_table(entries: list[Entry], bandwidth: dict[int, float]) -> str:
 
 
 def chains_table(entries: list[Entry]) -> str:
-    """A network against the sum of its layers, each run alone."""
-    groups: dict[str, dict[str, float]] = {}
+    """A network against its layers, each run alone, in turns."""
+    lines = [
+        "| network, G = 12 | median, half IQR | / sum of its layers, quartiles |",
+        "| --- | --- | --- |",
+    ]
     for entry in entries:
         info = entry["extra_info"]
         key = f"{'→'.join(map(str, info['widths']))}, batch {info['batch']}"
-        groups.setdefault(key, {})[str(info["part"])] = entry["stats"]["median"]
-    lines = ["| network, G = 12 | network | sum of its layers | ratio |", "| --- | --- | --- | --- |"]
-    for key, parts in groups.items():
-        layers = sum(seconds for part, seconds in parts.items() if part != "network")
-        network = parts["network"]
-        lines.append(f"| {key} | {network * 1e3:.3f} ms | {layers * 1e3:.3f} ms | {network / layers:.2f} |")
+        lines.append(f"| {key} | {milliseconds(entry)} | {quartiles(info['ratios'])} |")
     return "\n".join(lines)
 
 
@@ -107,16 +105,12 @@ def one_row_table(interface: str, seconds: dict[str, list[float]]) -> str:
 
 
 def threads_table(entries: list[Entry]) -> str:
-    """One thread against two."""
-    groups: dict[str, dict[int, float]] = {}
+    """Two threads against one, in turns."""
+    lines = ["| layer | 2 threads, half IQR | speed-up, quartiles |", "| --- | --- | --- |"]
     for entry in entries:
         info = entry["extra_info"]
         key = f"{info['width']}→{info['width']}, G = {info['num_grids']}, batch {info['batch']}"
-        groups.setdefault(key, {})[info["threads"]] = entry["stats"]["median"]
-    lines = ["| layer | 1 thread | 2 threads | speed-up |", "| --- | --- | --- | --- |"]
-    for key, seconds in groups.items():
-        one, two = seconds[1], seconds[2]
-        lines.append(f"| {key} | {one * 1e3:.2f} ms | {two * 1e3:.2f} ms | {one / two:.2f} |")
+        lines.append(f"| {key} | {milliseconds(entry)} | {quartiles(info['ratios'])} |")
     return "\n".join(lines)
 
 
@@ -176,7 +170,7 @@ def layer_parts(folder: Path, title: str, entries: list[Entry]) -> list[str]:
 def entries_of(folder: Path) -> tuple[dict[str, Any], dict[str, list[Entry]]]:
     """The timings of a run, and its entries by kind."""
     timings = json.loads((folder / "timings.json").read_text())
-    by_kind: dict[str, list[Entry]] = {"shapes": [], "curve": [], "chain": []}
+    by_kind: dict[str, list[Entry]] = {"shapes": [], "curve": [], "chain": [], "threads": []}
     for entry in timings["benchmarks"]:
         by_kind[entry["extra_info"]["kind"]].append(entry)
     return timings, by_kind
@@ -197,9 +191,8 @@ def main() -> None:
         parts += layer_parts(folder / "avx2", "The same without AVX-512", entries)
     if by_kind["chain"]:
         parts += ["## Chains, one thread", chains_table(by_kind["chain"])]
-    threads = [e for e in by_kind["curve"] if e["extra_info"]["curve"] == "threads"]
-    if threads:
-        parts += ["## Threads", threads_table(threads)]
+    if by_kind["threads"]:
+        parts += ["## Threads", threads_table(by_kind["threads"])]
     parts += plot_curves(by_kind["curve"], folder)
     text = "\n\n".join(parts) + "\n"
     (folder / "report.md").write_text(text)
