@@ -61,9 +61,12 @@ double BytesPerSecond(size_t bytes) {
   const size_t allocated = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   const std::unique_ptr<float, FreeMemory> data(
       static_cast<float*>(std::aligned_alloc(kHugePage, allocated)));
-  if (data == nullptr) return 0.0;
+  if (data == nullptr) {
+    std::fprintf(stderr, "no memory for %zu bytes\n", allocated);
+    std::exit(1);
+  }
 #if defined(__linux__)
-  madvise(data.get(), allocated, MADV_HUGEPAGE);  // as the tables are
+  madvise(data.get(), allocated, MADV_HUGEPAGE);  // as tables from 4 MB on
 #endif
   const size_t floats = bytes / sizeof(float);
   for (size_t i = 0; i < floats; ++i) data.get()[i] = 1.0f;

@@ -34,7 +34,7 @@ def test_shapes(benchmark, shape: tuple[int, int, int, int], form: str) -> None:
     x = rng.standard_normal((batch, n_in), dtype=np.float32)
     dense = workloads.dense(x, n_out)
     if form == "dense":
-        run = dense
+        run = workloads.dense(x, n_out)
     else:
         table = workloads.random_table(rng, n_in, n_out, num_grids)
         run = {

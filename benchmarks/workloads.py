@@ -25,6 +25,7 @@ Run = Callable[[], object]
 PAIRED_SECONDS = 1.0
 SHORTEST_TURN = 2e-3
 FEWEST_TURNS = 15
+WARM_UPS = 10  # lookups have learned the session's threads then
 
 
 def random_table(rng: np.random.Generator, n_in: int, n_out: int, num_grids: int) -> np.ndarray:
@@ -157,13 +158,16 @@ def paired_ratios(run: Run, baseline: Run) -> list[float]:
 
     They take turns, so that a machine that is slower for a while is slower for both.
     """
-    run()
-    turns = [(call, max(1, round(SHORTEST_TURN / _seconds(call, 1)))) for call in (run, baseline)]
+    pair = (run, baseline)
+    for call in pair:
+        _seconds(call, WARM_UPS)
+    calls = {call: max(1, round(SHORTEST_TURN / _seconds(call, 1))) for call in pair}
     ratios: list[float] = []
     started = time.perf_counter()
     while len(ratios) < FEWEST_TURNS or time.perf_counter() - started < PAIRED_SECONDS:
-        measured, other = (_seconds(call, calls) / calls for call, calls in turns)
-        ratios.append(measured / other)
+        order = pair if len(ratios) % 2 == 0 else pair[::-1]
+        seconds = {call: _seconds(call, calls[call]) / calls[call] for call in order}
+        ratios.append(seconds[run] / seconds[baseline])
     return ratios
 
 

@@ -76,23 +76,18 @@ void ORT_API_CALL Destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
 
 // What the tasks of one call share.
 struct Call {
-  uint64_t id;  // no other call has it
   const lmkan_cpu_table* table;
   lmkan_dtype dtype;
   Rows rows;
   int64_t num_tasks;
-  std::atomic<int32_t> threads{0};  // that have run a task
+  CallThreads threads;
   std::atomic<bool> failed{false};
   char message[kMessageSize];
 };
 
 void RunTask(void* data, size_t task) {
   auto* call = static_cast<Call*>(data);
-  thread_local uint64_t last_call = 0;
-  if (last_call != call->id) {
-    last_call = call->id;
-    call->threads.fetch_add(1, std::memory_order_relaxed);
-  }
+  call->threads.CountMe();
   char message[kMessageSize];
   if (lmkan_cpu_lookup2d(call->table, call->dtype, call->rows.x, call->rows.y, call->rows.count,
                          static_cast<int64_t>(task), call->num_tasks, message,
@@ -125,8 +120,6 @@ OrtStatus* ORT_API_CALL Compute(void* op_kernel, OrtKernelContext* context) {
 
   // x and y.
   Call call;
-  static std::atomic<uint64_t> calls{0};
-  call.id = ++calls;
   call.table = table;
   call.dtype = node.op->x_dtype;
   if (OrtStatus* error = MapRows(node, context, desc, &call.rows)) return error;
@@ -142,7 +135,7 @@ OrtStatus* ORT_API_CALL Compute(void* op_kernel, OrtKernelContext* context) {
             context, RunTask, static_cast<size_t>(call.num_tasks), 0, &call)) {
       return error;
     }
-    kernel.threads.Found(evaluations, call.threads);
+    kernel.threads.Record(evaluations, call.threads.count());
   }
   return call.failed ? Error(node, call.message) : nullptr;
 }

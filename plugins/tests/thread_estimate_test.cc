@@ -2,6 +2,7 @@
 #include "thread_estimate.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -11,41 +12,42 @@
 namespace lmkan::test {
 namespace {
 
+using ort::CallThreads;
 using ort::ThreadEstimate;
 
 constexpr int32_t kMost = 16;
-constexpr int kLearned = 8;  // calls after which it knows
+constexpr int kFirstCalls = 8;
 
-// `calls` calls of a session that has `threads`; how many of them were split for all.
+// `calls` calls of a session that has `threads`; how many were split for as many or fewer.
 int Calls(ThreadEstimate* estimate, int64_t evaluations, int32_t threads, int calls) {
-  int split_for_all = 0;
+  int fit = 0;
   for (int i = 0; i < calls; ++i) {
     const int32_t parts = estimate->Threads(evaluations);
     LMKAN_EXPECT(parts >= 1 && parts <= kMost, "%d parts", parts);
-    if (parts == kMost) ++split_for_all;
-    if (parts > 1) estimate->Found(evaluations, std::min(parts, threads));
+    if (parts <= threads) ++fit;
+    if (parts > 1) estimate->Record(evaluations, std::min(parts, threads));
   }
-  return split_for_all;
+  return fit;
 }
 
 void TestLearns() {
-  for (const int32_t threads : {1, 2, 5, kMost}) {
+  for (const int32_t threads : {1, 2, 5, kMost - 1}) {
     ThreadEstimate estimate(kMost);
-    LMKAN_EXPECT(Calls(&estimate, 1 << 20, threads, kLearned) == kLearned, "%d threads", threads);
-    Calls(&estimate, 1 << 20, threads, 1);  // the eighth after the first tries all
+    LMKAN_EXPECT(Calls(&estimate, 1 << 20, threads, kFirstCalls) == 0, "%d threads", threads);
+    LMKAN_EXPECT(Calls(&estimate, 1 << 20, threads, 100) == 100, "%d threads", threads);
     LMKAN_EXPECT(estimate.Threads(1 << 20) == threads, "%d threads", threads);
   }
 }
 
-// It goes on trying, but seldom.
+// It goes on looking for more threads, but seldom.
 void TestTriesAgain() {
   ThreadEstimate estimate(kMost);
-  const int split_for_all = Calls(&estimate, 1 << 20, 1, 100'000);
-  LMKAN_EXPECT(split_for_all > 100 && split_for_all < 200, "%d", split_for_all);
-  Calls(&estimate, 1 << 20, 4, 2048);
-  LMKAN_EXPECT(estimate.Threads(1 << 20) == 4, "threads that were busy before are found later");
-  Calls(&estimate, 1 << 20, 2, 2048);
-  LMKAN_EXPECT(estimate.Threads(1 << 20) == 4, "and stay known when they are busy again");
+  const int fit = Calls(&estimate, 1 << 20, 1, 100'000);
+  LMKAN_EXPECT(fit > 99'000 && fit < 99'500, "%d", fit);
+  Calls(&estimate, 1 << 20, kMost, 1000);
+  LMKAN_EXPECT(estimate.Threads(1 << 20) == kMost, "threads that were busy are found later");
+  Calls(&estimate, 1 << 20, 2, 1000);
+  LMKAN_EXPECT(estimate.Threads(1 << 20) == kMost, "and stay known when they are busy again");
 }
 
 void TestSizesApart() {
@@ -59,15 +61,52 @@ void TestSizesApart() {
   }
 }
 
-void TestCallsAtOnce() {
+void TestMoreThanTheMachineHas() {
   ThreadEstimate estimate(kMost);
-  std::vector<std::thread> callers;
-  for (int i = 0; i < 4; ++i) {
-    callers.emplace_back([&] { Calls(&estimate, 1 << 20, 3, 10'000); });
+  Calls(&estimate, 1 << 20, 1, kFirstCalls);
+  estimate.Record(1 << 20, 5 * kMost);
+  LMKAN_EXPECT(estimate.Threads(1 << 20) == kMost, "not more");
+}
+
+template <class Work>
+void RunThreads(int threads, const Work& work) {
+  std::vector<std::thread> running;
+  for (int i = 0; i < threads; ++i) running.emplace_back(work, i);
+  for (std::thread& thread : running) thread.join();
+}
+
+// Sessions whose calls come at once and find different numbers: the largest counts, and all calls.
+void TestCallsAtOnce() {
+  ThreadEstimate together(kMost);
+  std::atomic<int> fit{0};
+  RunThreads(4, [&](int i) {
+    Calls(&together, 1 << 20, 1 + i, 10'000);
+    fit += Calls(&together, 1 << 20, kMost / 2, 10'000);
+  });
+  LMKAN_EXPECT(fit > 39'000, "%d", fit.load());
+  ThreadEstimate maximum(kMost);
+  RunThreads(4, [&](int i) {
+    for (int repeat = 0; repeat < 10'000; ++repeat) maximum.Record(1 << 20, 1 + i);
+  });
+  Calls(&maximum, 1 << 20, 1, kFirstCalls);
+  LMKAN_EXPECT(maximum.Threads(1 << 20) == 4, "%d", maximum.Threads(1 << 20));
+}
+
+void TestCounting() {
+  for (const int threads : {1, 2, 7}) {
+    CallThreads one, other;
+    RunThreads(threads, [&](int i) {
+      for (int repeat = 0; repeat < 100; ++repeat) one.CountMe();
+      if (i == 0) other.CountMe();
+    });
+    LMKAN_EXPECT(one.count() == threads && other.count() == 1, "%d and %d of %d", one.count(),
+                 other.count(), threads);
   }
-  for (std::thread& caller : callers) caller.join();
-  // Call 40,000 is none of those that try all.
-  LMKAN_EXPECT(estimate.Threads((1 << 20) + 1) == 3, "of about the same size");
+  for (int call = 0; call < 100; ++call) {
+    CallThreads again;  // at the same address
+    again.CountMe();
+    LMKAN_EXPECT(again.count() == 1, "call %d", call);
+  }
 }
 
 }  // namespace
@@ -77,6 +116,8 @@ int main() {
   lmkan::test::TestLearns();
   lmkan::test::TestTriesAgain();
   lmkan::test::TestSizesApart();
+  lmkan::test::TestMoreThanTheMachineHas();
   lmkan::test::TestCallsAtOnce();
+  lmkan::test::TestCounting();
   return lmkan::test::Finish();
 }

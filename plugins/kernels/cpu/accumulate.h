@@ -189,7 +189,7 @@ void AccumulateGroupOf(const AccumulateArgs& args) {
       return AccumulateGroup<V, T, kVectors, 3, RowPrefetcher<T>>(args);
     default:
       if (Spread::Serves(args)) return AccumulateGroup<V, T, kVectors, kGroupPairs, Spread>(args);
-      if constexpr (std::is_same_v<T, Int8Entry>) {
+      if constexpr (Int8Parts<V, T>::kParts > 1) {
         if (args.next_records != nullptr) {
           return AccumulateGroup<V, T, kVectors, kGroupPairs, SpreadCornerPrefetcher<T>>(args);
         }

@@ -132,6 +132,7 @@ struct AccumulateArgs {
   // What the next pass reads, to be fetched meanwhile: a slice as a whole, or only the corners that
   // next_records point at. Null for neither.
   const void* next_slices;
+  TableStrides next_strides;
   int64_t next_bytes;
   const CellRecord* next_records;  // [rows]
   int64_t next_pairs;
@@ -169,7 +170,7 @@ struct KernelSet {
   void (*accumulate[5])(const AccumulateArgs&);
   void (*accumulate_row[5])(const AccumulateRowArgs&);
   int64_t row_outputs[5];  // accumulate_row takes as many full blocks at once, but at least one
-  // An INT8 table is faster as a compact one if its Int8Pairs take as many bytes.
+  // An INT8 table is compact if its Int8Pairs take as many bytes; table.cc says when fewer will do.
   int64_t compact_bytes;
   static constexpr int64_t kNeverCompact = INT64_MAX;  // no kernels for it
   void (*store[3])(const StoreArgs&);

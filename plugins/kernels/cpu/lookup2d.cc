@@ -188,6 +188,7 @@ void FetchNext(const lmkan_cpu_table& table, const Block& block, int64_t group,
   const int64_t table_bytes = slice.bytes * NumGroups(table) * table.num_blocks;
   if (!table.packed || (!whole && table_bytes < kCachedTable)) return;
   args->next_slices = slice.data;
+  args->next_strides = block.strides;
   args->next_bytes = slice.bytes;
   args->next_records = whole ? nullptr : scratch.records() + group * args->rows;
   args->next_pairs = slice.pairs;
@@ -257,8 +258,9 @@ lmkan_status RunTask(const lmkan_cpu_table& table, lmkan_dtype dtype, const char
       } else {
         const bool is_last_block = b + 1 == blocks.end;
         const Block next = table.block(is_last_block ? blocks.begin : b + 1);
-        AccumulateManyRows(table, block, is_last_block && is_last_chunk ? nullptr : &next, count,
-                           scratch, sums);
+        // Which corners the next chunk reads is not known yet.
+        const bool is_known = !is_last_block || (!is_last_chunk && count >= table.num_cells());
+        AccumulateManyRows(table, block, is_known ? &next : nullptr, count, scratch, sums);
       }
       if (sums.in_scratch) Store(table, dtype, block, count, scratch, chunk_y);
     }

@@ -32,7 +32,7 @@ inline bool FetchesSlice(const AccumulateArgs& args) {
 inline int64_t DivideRoundingUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cache lines of the next pass's slice.
-inline int64_t Lines(const AccumulateArgs& args) {
+inline int64_t SliceLines(const AccumulateArgs& args) {
   return DivideRoundingUp(args.next_bytes, kCacheLine);
 }
 
@@ -45,7 +45,7 @@ template <class T>
 class CornerPrefetcher {
  public:
   explicit CornerPrefetcher(const AccumulateArgs& args)
-      : slices_(reinterpret_cast<uintptr_t>(args.next_slices)), strides_(args.strides) {}
+      : slices_(reinterpret_cast<uintptr_t>(args.next_slices)), strides_(args.next_strides) {}
 
   LMKAN_ALWAYS_INLINE void operator()(const CellRecord& record, int64_t pair) const {
     int64_t cell = record.cell[pair];
@@ -69,7 +69,7 @@ class RowPrefetcher {
  public:
   explicit RowPrefetcher(const AccumulateArgs& args)
       : address_(reinterpret_cast<uintptr_t>(args.next_slices)),
-        lines_(FetchesSlice(args) ? DivideRoundingUp(Lines(args), args.rows) : 0),
+        lines_(FetchesSlice(args) ? DivideRoundingUp(SliceLines(args), args.rows) : 0),
         corners_(args),
         record_(args.next_slices == nullptr ? nullptr : args.next_records),
         pairs_(args.next_pairs) {}
@@ -92,7 +92,7 @@ class RowPrefetcher {
 };
 
 // Fetches the next pass's slice in equal steps. Spread evenly, prefetches leave the lookups more of
-// the core's few outstanding misses than in bursts, and fewer are dropped for want of one.
+// the core's few outstanding misses than in bursts, and fewer seem to be dropped for want of one.
 template <int kParts>
 class SpreadPrefetcher {
  public:
@@ -101,7 +101,7 @@ class SpreadPrefetcher {
 
   // Whether steps of at most a line reach the end, and a line a row, which is cheaper, does not.
   static bool Serves(const AccumulateArgs& args) {
-    return FetchesSlice(args) && Lines(args) > args.rows && Step(args) <= kCacheLine;
+    return FetchesSlice(args) && SliceLines(args) > args.rows && Step(args) <= kCacheLine;
   }
 
   LMKAN_ALWAYS_INLINE void Pair(int /*pair*/) {
@@ -121,7 +121,7 @@ class SpreadPrefetcher {
 };
 
 // Fetches a row's corners of the next pass's slice, each pair's in every part: rows of several
-// parts take long enough for that, and what a processor drops the first time it fetches later.
+// parts take long enough for that, and what a processor drops at first is asked for again.
 template <class T>
 class SpreadCornerPrefetcher {
  public:

@@ -230,12 +230,12 @@ bool IsCompact(const lmkan_cpu_table& table, lmkan_ownership ownership) {
   }
   const int64_t unused = kCompactBlockOutputs - 1 - (table.num_outputs - 1) % kCompactBlockOutputs;
   if (unused > table.num_outputs / 4) return false;
-  const int64_t corner = int64_t{sizeof(Int8Pair)};
-  const int64_t bytes = table.num_pairs * table.num_cells() * table.num_outputs * corner;
+  constexpr int64_t kEntryBytes = sizeof(Int8Pair);
+  const int64_t bytes = table.num_pairs * table.num_cells() * table.num_outputs * kEntryBytes;
   // Where slices take much of the second-level cache, those of smaller tables arrive late too.
-  const int64_t slice = kGroupPairs * table.num_cells() * kMaxBlockOutputs * corner;
-  const int64_t least = slice > SecondLevelCache() / 4 ? table.kernels->compact_bytes / 4
-                                                       : table.kernels->compact_bytes;
+  const int64_t slice_bytes = kGroupPairs * table.num_cells() * kMaxBlockOutputs * kEntryBytes;
+  const int64_t least = slice_bytes > SecondLevelCache() / 4 ? table.kernels->compact_bytes / 4
+                                                             : table.kernels->compact_bytes;
   return ownership == LMKAN_BORROW || bytes >= least;
 }
 
