@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,10 +58,13 @@ def hand_made(
     )
 
 
-def session(model: onnx.ModelProto, *, custom_ops: bool = True, threads: int = 1) -> ort.InferenceSession:
+def session(
+    model: onnx.ModelProto, *, custom_ops: bool = True, threads: int = 1, spin: bool = True
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     if custom_ops:
         lmkan_deploy.register_custom_ops(options)
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -145,6 +149,32 @@ def test_thread_counts_agree_bit_for_bit() -> None:
             # The first calls are split for all threads of the machine, later ones for those of the session.
             for _ in range(12):
                 np.testing.assert_array_equal(shared.run(None, {"x": x})[0], want)
+
+
+def cpu_ticks() -> dict[str, int]:
+    """Processor time of every thread of this process."""
+    ticks = {}
+    for file in Path("/proc/self/task").glob("*/stat"):
+        fields = file.read_text().rpartition(")")[2].split()
+        ticks[file.parent.name] = int(fields[11]) + int(fields[12])
+    return ticks
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sessions_use_all_their_threads(threads: int) -> None:
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((64, 9, 9, 128)).astype(np.float32)
+    # A thread that waits for work takes no time then.
+    run = session(hand_made(table), threads=threads, spin=False).run
+    x = rng.standard_normal((4096, 128)).astype(np.float32)
+    for _ in range(10):
+        run(None, {"x": x})
+    before = cpu_ticks()
+    for _ in range(100):
+        run(None, {"x": x})
+    spent = [ticks - before.get(thread, 0) for thread, ticks in cpu_ticks().items()]
+    assert sum(ticks > sum(spent) / 10 for ticks in spent) == threads
 
 
 def test_one_session_serves_many_threads() -> None:
