@@ -1,49 +1,66 @@
 // Kernels in plain C++: the fallback where no SIMD kernel fits, and the model for the others.
 #include <cmath>
+#include <cstring>
 
 #include "accumulate.h"
 
 namespace lmkan::cpu {
 namespace {
 
-// Four lanes that compilers turn into one vector register where the target has one.
+// Values of T in a vector type of the compiler, which would need minutes for arrays of lanes.
+template <class T, int kCount = 8>
+using Lanes __attribute__((vector_size(kCount * sizeof(T)))) = T;
+
+template <class Vector>
+Vector LoadLanes(const void* values) {
+  Vector result;
+  std::memcpy(&result, values, sizeof result);
+  return result;
+}
+
 struct PortableVector {
-  static constexpr int kLanes = 4;
-  struct Reg {
-    float lane[kLanes];
-  };
-  static Reg Zero() { return {}; }
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the low half of a lane comes first");
+  static constexpr int kLanes = 8;
+  using Reg = Lanes<float>;
+  using IntReg = Lanes<int32_t>;
+  using UnsignedReg = Lanes<uint32_t>;
+
+  static Reg Zero() { return Broadcast(0.0f); }
   static Reg One() { return Broadcast(1.0f); }
-  static Reg Broadcast(float value) { return {{value, value, value, value}}; }
-  template <class T>
-  static Reg Load(const T* values) {
-    return {{ToFloat(values[0]), ToFloat(values[1]), ToFloat(values[2]), ToFloat(values[3])}};
+  static Reg Broadcast(float value) { return value - Reg{}; }
+  static Reg Load(const float* values) { return LoadLanes<Reg>(values); }
+  static Reg Load(const BFloat16* values) {
+    return reinterpret_cast<Reg>(LoadHalves(values) << 16);
   }
-  static Reg LoadFour(const float* values) { return Load(values); }
+  // As ToFloat does, without comparisons, which GCC 12 takes apart into scalars.
+  static Reg Load(const Float16* values) {
+    const UnsignedReg halves = LoadHalves(values);
+    const UnsignedReg rest = halves & 0x7fff;
+    const Reg finite = reinterpret_cast<Reg>(rest << 13) * 0x1p112f;
+    const IntReg is_special = (0x7bff - reinterpret_cast<IntReg>(rest)) >> 31;
+    const UnsignedReg exponent = reinterpret_cast<UnsignedReg>(is_special) & 0x7f800000;
+    const UnsignedReg sign = (halves & 0x8000) << 16;
+    return reinterpret_cast<Reg>(reinterpret_cast<UnsignedReg>(finite) | exponent | sign);
+  }
+  static UnsignedReg LoadHalves(const void* values) {
+    return __builtin_convertvector(LoadLanes<Lanes<uint16_t>>(values), UnsignedReg);
+  }
+  static Reg LoadFour(const float* values) {
+    return Reg{values[0], values[1], values[2], values[3],
+               values[0], values[1], values[2], values[3]};
+  }
   template <class T>
   static void Store(T* out, Reg reg) {
-    for (int i = 0; i < kLanes; ++i) FromFloat(reg.lane[i], out + i);
+    for (int i = 0; i < kLanes; ++i) FromFloat(reg[i], out + i);
   }
   template <int kLane>
   static Reg Repeat(Reg reg) {
-    return {{reg.lane[kLane], reg.lane[kLane], reg.lane[kLane], reg.lane[kLane]}};
+    return Broadcast(reg[kLane]);
   }
-  static Reg Subtract(Reg a, Reg b) {
-    for (int i = 0; i < kLanes; ++i) a.lane[i] -= b.lane[i];
-    return a;
-  }
-  static Reg Multiply(Reg a, Reg b) {
-    for (int i = 0; i < kLanes; ++i) a.lane[i] *= b.lane[i];
-    return a;
-  }
-  static Reg MultiplyAdd(Reg a, Reg b, Reg c) {
-    for (int i = 0; i < kLanes; ++i) c.lane[i] += a.lane[i] * b.lane[i];
-    return c;
-  }
+  static Reg Subtract(Reg a, Reg b) { return a - b; }
+  static Reg Multiply(Reg a, Reg b) { return a * b; }
+  static Reg MultiplyAdd(Reg a, Reg b, Reg c) { return a * b + c; }
 
-  struct IntReg {
-    int32_t lane[kLanes];
-  };
   static bool PositionsFit(const CellRecord& record, int64_t pairs, float farthest) {
     bool fit = true;
     for (int64_t p = 0; p < pairs; ++p) {
@@ -56,54 +73,33 @@ struct PortableVector {
     return static_cast<int32_t>((static_cast<uint32_t>(high) << 16) |
                                 (static_cast<uint32_t>(low) & 0xffffu));
   }
-  static int32_t Low(int32_t pair) { return static_cast<int16_t>(pair & 0xffff); }
-  static int32_t High(int32_t pair) { return pair >> 16; }
   static IntReg RoundPair(Reg a, Reg b) {
     IntReg result;
     for (int i = 0; i < kLanes; ++i) {
       // Lanes without a pair may hold anything.
-      result.lane[i] = PairOf(RoundToInt16(a.lane[i]), RoundToInt16(b.lane[i]));
+      result[i] = PairOf(RoundToInt16(a[i]), RoundToInt16(b[i]));
     }
     return result;
   }
   static int32_t RoundToInt16(float value) {
     return std::fabs(value) < 32768.0f ? static_cast<int32_t>(std::nearbyint(value)) : 0;
   }
-  static void StoreFour(int32_t* out, IntReg reg) {
-    for (int i = 0; i < kLanes; ++i) out[i] = reg.lane[i];
-  }
-  static IntReg BroadcastPair(int32_t pair) { return {{pair, pair, pair, pair}}; }
+  static void StoreFour(int32_t* out, IntReg reg) { std::memcpy(out, &reg, 4 * sizeof *out); }
+  static IntReg BroadcastPair(int32_t pair) { return pair - IntReg{}; }
   static IntReg WidenPairs(const Int8Pair* pairs) {
-    IntReg result;
-    for (int i = 0; i < kLanes; ++i) {
-      result.lane[i] = PairOf(pairs[i].corner[0], pairs[i].corner[1]);
-    }
-    return result;
+    using Entries = Lanes<int8_t, 2 * kLanes>;
+    using Halves = Lanes<int16_t, 2 * kLanes>;
+    return reinterpret_cast<IntReg>(__builtin_convertvector(LoadLanes<Entries>(pairs), Halves));
   }
   static IntReg MultiplyPairs(IntReg a, IntReg b) {
-    for (int i = 0; i < kLanes; ++i) {
-      a.lane[i] = Low(a.lane[i]) * Low(b.lane[i]) + High(a.lane[i]) * High(b.lane[i]);
-    }
-    return a;
+    return LowHalves(a) * LowHalves(b) + HighHalves(a) * HighHalves(b);
   }
-  static IntReg MultiplyAddPairs(IntReg a, IntReg b, IntReg c) {
-    a = MultiplyPairs(a, b);
-    for (int i = 0; i < kLanes; ++i) a.lane[i] += c.lane[i];
-    return a;
-  }
-  static Reg ToFloats(IntReg reg) {
-    Reg result;
-    for (int i = 0; i < kLanes; ++i) result.lane[i] = static_cast<float>(reg.lane[i]);
-    return result;
-  }
+  static IntReg MultiplyAddPairs(IntReg a, IntReg b, IntReg c) { return MultiplyPairs(a, b) + c; }
+  static Reg ToFloats(IntReg reg) { return __builtin_convertvector(reg, Reg); }
   static IntReg LowHalves(IntReg reg) {
-    for (int32_t& lane : reg.lane) lane = Low(lane);
-    return reg;
+    return HighHalves(reinterpret_cast<IntReg>(reinterpret_cast<UnsignedReg>(reg) << 16));
   }
-  static IntReg HighHalves(IntReg reg) {
-    for (int32_t& lane : reg.lane) lane = High(lane);
-    return reg;
-  }
+  static IntReg HighHalves(IntReg reg) { return reg >> 16; }
 };
 
 // Cell of x, and the position inside it: 0 ... 1, beyond that range in the two outermost cells.
