@@ -1,6 +1,7 @@
 // Lookups of one instruction set against the float64 oracle: all types, both ownerships, awkward
 // sizes.
 #include <cstring>
+#include <iterator>
 #include <vector>
 
 #include "array.h"
@@ -15,7 +16,7 @@ namespace {
 // Every number of outputs meets every number of rows; pairs and grids rotate through them.
 std::vector<Shape> MakeShapes() {
   constexpr int64_t kPairs[] = {1, 2, 3, 4, 5, 9, 19};
-  constexpr int64_t kGrids[] = {3, 4, 8, 13, 40};
+  constexpr int64_t kGrids[] = {3, 4, 5, 8, 9, 13, 16, 17, 40};
   constexpr int64_t kOutputs[] = {1, 3, 7, 8, 9, 16, 17, 31, 33, 63, 64, 65, 100, 111, 129};
   constexpr int64_t kRows[] = {0, 1, 2, 5, 6, 7, 19, 111};
   // Large tables take long to make and find nothing that small ones don't.
@@ -24,7 +25,8 @@ std::vector<Shape> MakeShapes() {
   size_t turn = 0;
   for (const int64_t outputs : kOutputs) {
     for (const int64_t rows : kRows) {
-      Shape shape = {kPairs[turn % 7], kGrids[turn % 5], outputs, rows};
+      Shape shape = {kPairs[turn % std::size(kPairs)], kGrids[turn % std::size(kGrids)], outputs,
+                     rows};
       if (shape.table_size() > kMostEntries) shape.num_grids = 3 + static_cast<int64_t>(turn % 2);
       shapes.push_back(shape);
       ++turn;

@@ -41,29 +41,116 @@ inline __m256 ExpNonPositive(__m256 x) {
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
 }
 
-// Constants of a grid, in registers.
-struct GridRegisters {
-  explicit GridRegisters(const Grid& grid)
-      : cells(grid.cells),
-        num_grids(_mm256_set1_ps(static_cast<float>(grid.num_grids))),
-        last_cell(_mm256_set1_epi32(grid.num_grids - 1)),
-        line(_mm_set1_epi32(grid.num_grids + 1)) {}
-
-  const GridCell* cells;
-  __m256 num_grids;
-  __m256i last_cell;
-  __m128i line;  // cells between (i1, i2) and (i1 + 1, i2)
+// Points and inverse widths of eight cells.
+struct EightCells {
+  __m256 point;
+  __m256 inverse_width;
 };
 
-// {point, inverse_width} of cells first and second.
-inline __m128 LoadTwoCells(const GridCell* cells, int32_t first, int32_t second) {
-  const __m128 low = _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(cells + first)));
-  return _mm_loadh_pi(low, reinterpret_cast<const __m64*>(cells + second));
-}
+// The cells of an axis in memory. Loads of whole cells cost less than gathers.
+class CellsInMemory {
+ public:
+  explicit CellsInMemory(const Grid& grid)
+      : cells_(grid.cells),
+        num_grids_(_mm256_set1_ps(static_cast<float>(grid.num_grids))),
+        last_cell_(_mm256_set1_epi32(grid.num_grids - 1)) {}
 
-// Rows of one group that go through the steps together. Step by step and not row by row, because a
-// row's steps wait for one another: a processor sees only a few rows ahead, but many of one step's.
-// Their records are neighbours in memory, so that a tile fills whole cache lines.
+  // Cells of eight features, by the distribution function that the grid divides evenly.
+  __m256i Locate(__m256 x) const {
+    const __m256 sign_bit = _mm256_set1_ps(-0.0f);
+    const __m256 exponential = ExpNonPositive(_mm256_or_ps(x, sign_bit));
+    const __m256 tail = _mm256_mul_ps(_mm256_set1_ps(0.5f), exponential);
+    const __m256 positive = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ);
+    const __m256 level =
+        _mm256_blendv_ps(tail, _mm256_sub_ps(_mm256_set1_ps(1.0f), tail), positive);
+    // tail is finite and at least 0 even for NaN, so the conversion can't leave the range of int32.
+    const __m256i cell = _mm256_cvttps_epi32(_mm256_mul_ps(level, num_grids_));
+    return _mm256_min_epi32(cell, last_cell_);
+  }
+
+  EightCells Get(const int32_t* i) const {
+    const __m256 even = Join(LoadTwo(i[0], i[1]), LoadTwo(i[4], i[5]));
+    const __m256 odd = Join(LoadTwo(i[2], i[3]), LoadTwo(i[6], i[7]));
+    return {_mm256_shuffle_ps(even, odd, _MM_SHUFFLE(2, 0, 2, 0)),
+            _mm256_shuffle_ps(even, odd, _MM_SHUFFLE(3, 1, 3, 1))};
+  }
+
+ private:
+  static __m256 Join(__m128 low, __m128 high) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
+  }
+  __m128 LoadTwo(int32_t first, int32_t second) const {
+    const __m128 low = _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(cells_ + first)));
+    return _mm_loadh_pi(low, reinterpret_cast<const __m64*>(cells_ + second));
+  }
+
+  const GridCell* cells_;
+  __m256 num_grids_;
+  __m256i last_cell_;
+};
+
+// The cells of an axis, at most 8 * kVectors, in registers. Permutations cost less than loads, and
+// comparisons with the few points of one half of the axis less than an exponential.
+template <int kVectors>
+class CellsInRegisters {
+  static_assert(kVectors == 1 || kVectors == 2);
+
+ public:
+  static bool Holds(const Grid& grid) { return grid.num_grids <= 8 * kVectors; }
+
+  explicit CellsInRegisters(const Grid& grid)
+      : center_(_mm256_set1_epi32((grid.num_grids - 1) / 2)),
+        center_positive_(_mm256_set1_epi32(grid.num_grids / 2)),
+        num_bounds_(grid.num_grids - 1 - grid.num_grids / 2) {
+    for (int32_t i = 0; i < num_bounds_; ++i) {
+      bounds_[i] = _mm256_set1_ps(grid.cells[grid.num_grids / 2 + 1 + i].point);
+    }
+    alignas(32) float points[8 * kVectors] = {};
+    alignas(32) float inverse_widths[8 * kVectors] = {};
+    for (int32_t i = 0; i < grid.num_grids; ++i) {
+      points[i] = grid.cells[i].point;
+      inverse_widths[i] = grid.cells[i].inverse_width;
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      points_[v] = _mm256_load_ps(points + 8 * v);
+      inverse_widths_[v] = _mm256_load_ps(inverse_widths + 8 * v);
+    }
+  }
+
+  // Cells of eight features; that of NaN is in the middle.
+  __m256i Locate(__m256 x) const {
+    const __m256 distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+    __m256i outward = _mm256_setzero_si256();
+    for (int32_t i = 0; i < num_bounds_; ++i) {
+      const __m256 beyond = _mm256_cmp_ps(distance, bounds_[i], _CMP_GE_OQ);
+      outward = _mm256_sub_epi32(outward, _mm256_castps_si256(beyond));
+    }
+    const __m256 negative = _mm256_castsi256_ps(_mm256_sub_epi32(center_, outward));
+    const __m256 positive = _mm256_castsi256_ps(_mm256_add_epi32(center_positive_, outward));
+    const __m256 is_positive = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ);
+    return _mm256_castps_si256(_mm256_blendv_ps(negative, positive, is_positive));
+  }
+
+  EightCells Get(__m256i i) const { return {Permute(points_, i), Permute(inverse_widths_, i)}; }
+
+ private:
+  static __m256 Permute(const __m256 (&values)[kVectors], __m256i i) {
+    const __m256 low = _mm256_permutevar8x32_ps(values[0], i);
+    if constexpr (kVectors == 1) return low;
+    const __m256 high = _mm256_permutevar8x32_ps(values[kVectors - 1], i);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+  }
+
+  __m256 points_[kVectors];
+  __m256 inverse_widths_[kVectors];
+  __m256i center_;           // cell left of the axis's middle, or around it
+  __m256i center_positive_;  // cell right of it, or around it
+  int32_t num_bounds_;
+  __m256 bounds_[4 * kVectors];  // points right of those cells
+};
+
+// Rows of one group that go together: their records are neighbours in memory, so that a tile fills
+// whole cache lines.
 inline constexpr int64_t kTileRows = 16;
 
 struct Tile {
@@ -71,50 +158,45 @@ struct Tile {
   alignas(32) int32_t cell[kTileRows][2 * kGroupPairs];
 };
 
-// Cells of eight features.
-inline __m256i FindEightCells(const GridRegisters& grid, __m256 x) {
-  const __m256 sign_bit = _mm256_set1_ps(-0.0f);
-  const __m256 exponential = ExpNonPositive(_mm256_or_ps(x, sign_bit));
-  const __m256 tail = _mm256_mul_ps(_mm256_set1_ps(0.5f), exponential);
-  const __m256 positive = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ);
-  const __m256 level = _mm256_blendv_ps(tail, _mm256_sub_ps(_mm256_set1_ps(1.0f), tail), positive);
-  // tail is finite and at least 0 even for NaN, so the conversion can't leave the range of int32.
-  const __m256i cell = _mm256_cvttps_epi32(_mm256_mul_ps(level, grid.num_grids));
-  return _mm256_min_epi32(cell, grid.last_cell);
-}
-
-// Positions of eight features inside their cells. Loads of whole cells cost less than gathers.
-inline __m256 FindEightPositions(const GridCell* cells, const float* x, const int32_t* i) {
-  const __m256 even = _mm256_insertf128_ps(_mm256_castps128_ps256(LoadTwoCells(cells, i[0], i[1])),
-                                           LoadTwoCells(cells, i[4], i[5]), 1);
-  const __m256 odd = _mm256_insertf128_ps(_mm256_castps128_ps256(LoadTwoCells(cells, i[2], i[3])),
-                                          LoadTwoCells(cells, i[6], i[7]), 1);
-  const __m256 point = _mm256_shuffle_ps(even, odd, _MM_SHUFFLE(2, 0, 2, 0));
-  const __m256 inverse_width = _mm256_shuffle_ps(even, odd, _MM_SHUFFLE(3, 1, 3, 1));
-  return _mm256_mul_ps(_mm256_sub_ps(_mm256_load_ps(x), point), inverse_width);
-}
-
 // Eight features are x1 and x2 of four pairs by turns; a record holds all x1 before all x2.
-inline void WriteRecord(const GridRegisters& grid, __m256i cell, __m256 position,
+inline void WriteRecord(__m128i line, __m256 x, __m256i i, const EightCells& cells,
                         CellRecord* record) {
   const __m256i first_then_second = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-  const __m256i cells = _mm256_permutevar8x32_epi32(cell, first_then_second);
-  const __m128i index = _mm_add_epi32(_mm_mullo_epi32(_mm256_castsi256_si128(cells), grid.line),
-                                      _mm256_extracti128_si256(cells, 1));
-  _mm_store_si128(reinterpret_cast<__m128i*>(record->cell), index);
+  const __m256i axes = _mm256_permutevar8x32_epi32(i, first_then_second);
+  const __m128i cell = _mm_add_epi32(_mm_mullo_epi32(_mm256_castsi256_si128(axes), line),
+                                     _mm256_extracti128_si256(axes, 1));
+  _mm_store_si128(reinterpret_cast<__m128i*>(record->cell), cell);
+  const __m256 position = _mm256_mul_ps(_mm256_sub_ps(x, cells.point), cells.inverse_width);
   _mm256_storeu_ps(record->position1, _mm256_permutevar8x32_ps(position, first_then_second));
 }
 
-inline void FindTile(const GridRegisters& grid, int64_t rows, Tile* tile, CellRecord* records) {
+// Step by step and not row by row, because a row's steps wait for one another: a processor sees
+// only a few rows ahead, but many of one step's.
+inline void FindTile(const CellsInMemory& cells, __m128i line, int64_t rows, Tile* tile,
+                     CellRecord* records) {
   for (int64_t r = 0; r < rows; ++r) {
     _mm256_store_si256(reinterpret_cast<__m256i*>(tile->cell[r]),
-                       FindEightCells(grid, _mm256_load_ps(tile->x[r])));
+                       cells.Locate(_mm256_load_ps(tile->x[r])));
   }
   for (int64_t r = 0; r < rows; ++r) {
-    WriteRecord(grid, _mm256_load_si256(reinterpret_cast<const __m256i*>(tile->cell[r])),
-                FindEightPositions(grid.cells, tile->x[r], tile->cell[r]), records + r);
+    WriteRecord(line, _mm256_load_ps(tile->x[r]),
+                _mm256_load_si256(reinterpret_cast<const __m256i*>(tile->cell[r])),
+                cells.Get(tile->cell[r]), records + r);
   }
 }
+
+template <int kVectors>
+void FindTile(const CellsInRegisters<kVectors>& cells, __m128i line, int64_t rows, Tile* tile,
+              CellRecord* records) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const __m256 x = _mm256_load_ps(tile->x[r]);
+    const __m256i i = cells.Locate(x);
+    WriteRecord(line, x, i, cells.Get(i), records + r);
+  }
+}
+
+// Cells between (i1, i2) and (i1 + 1, i2).
+inline __m128i LineOf(const Grid& grid) { return _mm_set1_epi32(grid.num_grids + 1); }
 
 // Widens `features` features of each row; the rest of a tile's eight are 0.
 template <class T>
@@ -132,38 +214,59 @@ inline void LoadTile(const T* x, int64_t stride, int64_t features, int64_t rows,
 }
 
 // One row: its groups take the places of a tile's rows.
-template <class T>
-void FindCellsOfRow(const FindCellsArgs& args, const GridRegisters& grid, Tile* tile) {
+template <class T, class Cells>
+void FindCellsOfRow(const FindCellsArgs& args) {
   constexpr int64_t kFeatures = 2 * kGroupPairs;
+  const Cells cells(args.grid);
+  const __m128i line = LineOf(args.grid);
+  Tile tile;
   const T* x = static_cast<const T*>(args.x);
   const int64_t whole = args.num_features / kFeatures;
   for (int64_t first = 0; first < whole; first += kTileRows) {
     const int64_t groups = whole - first < kTileRows ? whole - first : kTileRows;
-    LoadTile(x + first * kFeatures, kFeatures, kFeatures, groups, tile);
-    FindTile(grid, groups, tile, args.records + first);
+    LoadTile(x + first * kFeatures, kFeatures, kFeatures, groups, &tile);
+    FindTile(cells, line, groups, &tile, args.records + first);
   }
   const int64_t left = args.num_features - whole * kFeatures;
   if (left == 0) return;
-  LoadTile(x + whole * kFeatures, kFeatures, left, 1, tile);
-  FindTile(grid, 1, tile, args.records + whole);
+  LoadTile(x + whole * kFeatures, kFeatures, left, 1, &tile);
+  FindTile(cells, line, 1, &tile, args.records + whole);
 }
 
-template <class T>
-void FindCellsAvx2(const FindCellsArgs& args) {
+template <class T, class Cells>
+void FindCellsOfRows(const FindCellsArgs& args) {
   constexpr int64_t kFeatures = 2 * kGroupPairs;
-  const GridRegisters grid(args.grid);
+  const Cells cells(args.grid);
+  const __m128i line = LineOf(args.grid);
   const int64_t groups = (args.num_features + kFeatures - 1) / kFeatures;
   Tile tile;
-  if (args.rows == 1) return FindCellsOfRow<T>(args, grid, &tile);
   for (int64_t first = 0; first < args.rows; first += kTileRows) {
     const int64_t rows = args.rows - first < kTileRows ? args.rows - first : kTileRows;
     const T* x = static_cast<const T*>(args.x) + first * args.num_features;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t features = args.num_features - g * kFeatures;
       LoadTile(x + g * kFeatures, args.num_features, features, rows, &tile);
-      FindTile(grid, rows, &tile, args.records + g * args.rows + first);
+      FindTile(cells, line, rows, &tile, args.records + g * args.rows + first);
     }
   }
+}
+
+template <class T, class Cells>
+void FindCellsWith(const FindCellsArgs& args) {
+  if (args.rows == 1) {
+    FindCellsOfRow<T, Cells>(args);
+  } else {
+    FindCellsOfRows<T, Cells>(args);
+  }
+}
+
+// The way depends on the grid alone: next to a cell's edge the ways may find either of two cells,
+// and a row's result must not depend on the rows beside it.
+template <class T>
+void FindCellsAvx2(const FindCellsArgs& args) {
+  if (CellsInRegisters<1>::Holds(args.grid)) return FindCellsWith<T, CellsInRegisters<1>>(args);
+  if (CellsInRegisters<2>::Holds(args.grid)) return FindCellsWith<T, CellsInRegisters<2>>(args);
+  FindCellsWith<T, CellsInMemory>(args);
 }
 
 }  // namespace
