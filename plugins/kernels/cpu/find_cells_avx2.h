@@ -90,7 +90,8 @@ class CellsInMemory {
 };
 
 // The cells of an axis, at most 8 * kVectors, in registers. Permutations cost less than loads, and
-// comparisons with the few points of one half of the axis less than an exponential.
+// comparisons with the few points of one half of the axis, which the other half mirrors, less than
+// an exponential.
 template <int kVectors>
 class CellsInRegisters {
   static_assert(kVectors == 1 || kVectors == 2);
@@ -138,6 +139,7 @@ class CellsInRegisters {
     const __m256 low = _mm256_permutevar8x32_ps(values[0], i);
     if constexpr (kVectors == 1) return low;
     const __m256 high = _mm256_permutevar8x32_ps(values[kVectors - 1], i);
+    // A permutation reads the lowest three bits of i; the fourth one, as a sign, chooses.
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
   }
 
