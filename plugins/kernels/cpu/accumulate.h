@@ -179,7 +179,8 @@ void AccumulateRow(const AccumulateRowArgs& args) {
 
 template <class V, class T, int kVectors>
 void AccumulateGroupOf(const AccumulateArgs& args) {
-  using Spread = SpreadPrefetcher<Int8Parts<V, T>::kParts>;
+  using Line = SpreadPrefetcher<Int8Parts<V, T>::kParts, true>;
+  using Lines = SpreadPrefetcher<Int8Parts<V, T>::kParts, false>;
   switch (args.num_pairs) {
     case 1:
       return AccumulateGroup<V, T, kVectors, 1, RowPrefetcher<T>>(args);
@@ -188,7 +189,8 @@ void AccumulateGroupOf(const AccumulateArgs& args) {
     case 3:
       return AccumulateGroup<V, T, kVectors, 3, RowPrefetcher<T>>(args);
     default:
-      if (Spread::Serves(args)) return AccumulateGroup<V, T, kVectors, kGroupPairs, Spread>(args);
+      if (Line::Serves(args)) return AccumulateGroup<V, T, kVectors, kGroupPairs, Line>(args);
+      if (Lines::Serves(args)) return AccumulateGroup<V, T, kVectors, kGroupPairs, Lines>(args);
       if constexpr (Int8Parts<V, T>::kParts > 1) {
         if (args.next_records != nullptr) {
           return AccumulateGroup<V, T, kVectors, kGroupPairs, SpreadCornerPrefetcher<T>>(args);

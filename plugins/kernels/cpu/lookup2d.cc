@@ -179,18 +179,12 @@ void AccumulateFewRows(const lmkan_cpu_table& table, const Block& block, int64_t
   }
 }
 
-// Whether that many rows are fetched whole slices rather than corners: half as many as cells need
-// most of a slice, in lines that are cheaper to ask for one after the other.
-bool FetchesWholeSlices(const lmkan_cpu_table& table, int64_t rows) {
-  return rows >= table.num_cells() / 2;
-}
-
 // What a pass fetches for the next one: all of its slice where the rows need most of it, their
 // corners where they don't, and nothing of a table that is in the cache anyway or too scattered.
 void FetchNext(const lmkan_cpu_table& table, const Block& block, int64_t group,
                const Scratch& scratch, AccumulateArgs* args) {
   const Slice slice = SliceOf(table, block, group);
-  const bool whole = FetchesWholeSlices(table, args->rows);
+  const bool whole = args->rows >= table.whole_slice_rows;
   const int64_t table_bytes = slice.bytes * NumGroups(table) * table.num_blocks;
   if (!table.packed || (!whole && table_bytes < kCachedTable)) return;
   args->next_slices = slice.data;
@@ -265,8 +259,7 @@ lmkan_status RunTask(const lmkan_cpu_table& table, lmkan_dtype dtype, const char
         const bool is_last_block = b + 1 == blocks.end;
         const Block next = table.block(is_last_block ? blocks.begin : b + 1);
         // Which corners the next chunk reads is not known yet.
-        const bool is_known =
-            !is_last_block || (!is_last_chunk && FetchesWholeSlices(table, count));
+        const bool is_known = !is_last_block || (!is_last_chunk && count >= table.whole_slice_rows);
         AccumulateManyRows(table, block, is_known ? &next : nullptr, count, scratch, sums);
       }
       if (sums.in_scratch) Store(table, dtype, block, count, scratch, chunk_y);

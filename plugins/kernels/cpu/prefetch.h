@@ -63,6 +63,31 @@ class CornerPrefetcher {
   TableStrides strides_;
 };
 
+// Walks through a slice in kStreams places at a time, a place a step. Memory gives more that way: a
+// processor's own prefetcher follows each of them, and none of them across a page of 4 KB.
+class Streams {
+ public:
+  static constexpr int kStreams = kGroupPairs;
+
+  // Steps of `step` bytes, from the start of `bytes` bytes and of each further part of them.
+  Streams(const void* start, int64_t bytes, int64_t step)
+      : address_(reinterpret_cast<uintptr_t>(start)),
+        hop_(bytes / kStreams),
+        back_(step - (kStreams - 1) * hop_) {}
+
+  uintptr_t address() const { return address_; }
+
+  // From the place of this stream to that of the next one; after the last one follows the first.
+  LMKAN_ALWAYS_INLINE void Advance(int stream) {
+    address_ += static_cast<uintptr_t>(stream + 1 < kStreams ? hop_ : back_);
+  }
+
+ private:
+  uintptr_t address_;
+  int64_t hop_;
+  int64_t back_;
+};
+
 // Fetches the next pass's slice a few lines a row, or a row's corners of it.
 template <class T>
 class RowPrefetcher {
@@ -91,22 +116,28 @@ class RowPrefetcher {
   int64_t pairs_;
 };
 
-// Fetches the next pass's slice in equal steps. Spread evenly, prefetches leave the lookups more of
-// the core's few outstanding misses than in bursts, and fewer seem to be dropped for want of one.
-template <int kParts>
+// Fetches the next pass's slice in equal steps, of a line or of several. Spread evenly, prefetches
+// leave the lookups more of the core's few outstanding misses than in bursts, and fewer seem to be
+// dropped for want of one.
+template <int kParts, bool kOneLine>
 class SpreadPrefetcher {
  public:
   explicit SpreadPrefetcher(const AccumulateArgs& args)
-      : address_(reinterpret_cast<uintptr_t>(args.next_slices)), step_(Step(args)) {}
+      : lines_(DivideRoundingUp(Step(args), kCacheLine)),
+        streams_(args.next_slices, args.next_bytes, Step(args)) {}
 
-  // Whether steps of at most a line reach the end, and a line a row, which is cheaper, does not.
+  // Whether there is more than a line for each row, as one is cheaper by row, and steps are of a
+  // line or of several.
   static bool Serves(const AccumulateArgs& args) {
-    return FetchesSlice(args) && SliceLines(args) > args.rows && Step(args) <= kCacheLine;
+    return FetchesSlice(args) && SliceLines(args) > args.rows &&
+           (Step(args) <= kCacheLine) == kOneLine;
   }
 
-  LMKAN_ALWAYS_INLINE void Pair(int /*pair*/) {
-    PrefetchToL2(address_);
-    address_ += static_cast<uintptr_t>(step_);
+  LMKAN_ALWAYS_INLINE void Pair(int pair) {
+    for (int64_t i = 0; i < (kOneLine ? 1 : lines_); ++i) {
+      PrefetchToL2(streams_.address() + static_cast<uintptr_t>(i * kCacheLine));
+    }
+    streams_.Advance(pair);
   }
 
   LMKAN_ALWAYS_INLINE void Row() const {}
@@ -116,8 +147,8 @@ class SpreadPrefetcher {
     return DivideRoundingUp(args.next_bytes, args.rows * kParts * args.num_pairs);
   }
 
-  uintptr_t address_;
-  int64_t step_;
+  int64_t lines_;
+  Streams streams_;
 };
 
 // Fetches a row's corners of the next pass's slice, each pair's in every part: rows of several

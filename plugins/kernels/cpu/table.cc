@@ -239,6 +239,19 @@ bool IsCompact(const lmkan_cpu_table& table, lmkan_ownership ownership) {
   return ownership == LMKAN_BORROW || bytes >= least;
 }
 
+// From how many rows on a pass fetches the next slice as a whole rather than the rows' corners:
+// half as many as cells need most of a slice, in lines that are cheaper to ask for one after the
+// other; from memory, a third. Of slices that are large for the second-level cache, corners fit
+// longer.
+int64_t WholeSliceRows(const lmkan_cpu_table& table) {
+  constexpr int64_t kEntriesInMemory = int64_t{10} << 20;
+  const int64_t entries = table.num_pairs * table.num_cells() * table.num_outputs;
+  const int64_t slice_bytes =
+      kGroupPairs * table.num_cells() * table.block_outputs * table.element_size();
+  const bool third = entries > kEntriesInMemory && slice_bytes <= SecondLevelCache() / 4;
+  return table.num_cells() / (third ? 3 : 2);
+}
+
 lmkan_status Create(const lmkan_table_desc* desc, lmkan_ownership ownership, lmkan_isa isa,
                     std::unique_ptr<lmkan_cpu_table>* result, const Message& message) {
   if (const lmkan_status status = CheckDesc(desc, message); status != LMKAN_OK) return status;
@@ -267,6 +280,7 @@ lmkan_status Create(const lmkan_table_desc* desc, lmkan_ownership ownership, lmk
   table->compact = IsCompact(*table, ownership);
   table->block_outputs = BlockOutputs(*table, ownership);
   table->num_blocks = (desc->num_outputs + table->block_outputs - 1) / table->block_outputs;
+  table->whole_slice_rows = WholeSliceRows(*table);
 
   const size_t grid_bytes = static_cast<size_t>(desc->num_grids) * sizeof(GridCell);
   table->grid_cells.reset(static_cast<GridCell*>(AllocateAligned(grid_bytes)));
