@@ -108,7 +108,7 @@ def test_a_row_does_not_depend_on_its_batch_or_on_the_tasks(isa: Isa, points: in
         make_table(table, isa=isa, ownership=Ownership.BORROW) as borrowed,
     ):
         whole = evaluate(handle, x, 100)
-        for rows in (1, 2, 5, 6, 7, 64, 1024, 1025):
+        for rows in (1, 2, 5, 6, 7, 64, 1024, 1025, 1600):
             np.testing.assert_array_equal(evaluate(handle, x[:rows], 100), whole[:rows])
         for tasks in (2, 3, 7, 64, 5000):
             np.testing.assert_array_equal(evaluate(handle, x, 100, tasks), whole)

@@ -13,11 +13,6 @@
 namespace lmkan::cpu {
 namespace {
 
-// Rows that share one pass over the table. More rows read the table less often; fewer keep records
-// and sums nearer to the core.
-constexpr int64_t kMostChunkRows = 1024;
-constexpr int64_t kMostRecordBytes = int64_t{16} << 20;
-
 // Below this many rows the sums stay in registers over all pairs; from it on, the pairs of a group
 // stay in the cache over all rows.
 constexpr int64_t kFewRows = 4;
@@ -52,9 +47,11 @@ int64_t PairsOf(const lmkan_cpu_table& table, int64_t group) {
   return std::min<int64_t>(kGroupPairs, table.num_pairs - group * kGroupPairs);
 }
 
-int64_t ChunkRows(const lmkan_cpu_table& table) {
-  const int64_t bytes = NumGroups(table) * static_cast<int64_t>(sizeof(CellRecord));
-  return std::clamp<int64_t>(kMostRecordBytes / bytes, 64, kMostChunkRows);
+// Of nearly equal chunks: a few rows more are less than a chunk of few rows, which reads as much of
+// the table.
+int64_t NumChunks(const lmkan_cpu_table& table, int64_t rows) {
+  const bool round_up = rows % table.chunk_rows >= table.chunk_rows / 2;
+  return std::max<int64_t>(1, rows / table.chunk_rows + (round_up ? 1 : 0));
 }
 
 int64_t DtypeSize(lmkan_dtype dtype) { return dtype == LMKAN_FLOAT32 ? 4 : 2; }
@@ -236,15 +233,19 @@ void Store(const lmkan_cpu_table& table, lmkan_dtype dtype, const Block& block, 
 // The rows and blocks of one task.
 lmkan_status RunTask(const lmkan_cpu_table& table, lmkan_dtype dtype, const char* x, char* y,
                      Range rows, Range blocks, const Message& message) {
-  const int64_t chunk_rows = std::min(ChunkRows(table), rows.end - rows.begin);
+  const int64_t num_rows = rows.end - rows.begin;
+  const int64_t num_chunks = NumChunks(table, num_rows);
+  const int64_t most_rows = (num_rows + num_chunks - 1) / num_chunks;
   Scratch scratch;
-  if (!scratch.Allocate(NumGroups(table), chunk_rows)) {
+  if (!scratch.Allocate(NumGroups(table), most_rows)) {
     return Fail(LMKAN_OUT_OF_MEMORY, message, "no memory for the intermediate results of %lld rows",
-                static_cast<long long>(chunk_rows));
+                static_cast<long long>(most_rows));
   }
-  for (int64_t first = rows.begin; first < rows.end; first += chunk_rows) {
-    const int64_t count = std::min(chunk_rows, rows.end - first);
-    const bool is_last_chunk = first + count == rows.end;
+  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+    const Range part = Part(num_rows, chunk, num_chunks);
+    const int64_t first = rows.begin + part.begin;
+    const int64_t count = part.end - part.begin;
+    const bool is_last_chunk = chunk + 1 == num_chunks;
     FindCells(table, dtype, x + first * 2 * table.num_pairs * DtypeSize(dtype), count,
               scratch.records());
     char* const chunk_y = y + first * table.num_outputs * DtypeSize(dtype);
@@ -283,7 +284,7 @@ int64_t lmkan_cpu_num_tasks(const lmkan_cpu_table* table, int64_t rows, int32_t 
                                                  ? INT64_MAX / kTaskEvaluations
                                                  : rows * evaluations_a_row / kTaskEvaluations);
   // Whole chunks where there are enough of them; otherwise an equal share for each thread.
-  const int64_t chunks = rows / ChunkRows(*table) + (rows % ChunkRows(*table) != 0 ? 1 : 0);
+  const int64_t chunks = NumChunks(*table, rows);
   const int64_t wanted = chunks >= int64_t{4} * num_threads ? chunks : num_threads;
   return std::min(worth, wanted);
 }

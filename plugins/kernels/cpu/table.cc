@@ -14,6 +14,7 @@
 #endif
 
 #include "status.h"
+#include "tuning.h"
 
 using lmkan::cpu::AllocateAligned;
 using lmkan::cpu::Block;
@@ -198,60 +199,6 @@ void PackScales(const lmkan_cpu_table& table, const float* from, float* to) {
   }
 }
 
-// Bytes of a core's second-level cache, or a usual size where the system doesn't say. No more than
-// was measured: several cores may share a larger one.
-int64_t SecondLevelCache() {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (bytes > 0) return bytes < int64_t{2} << 20 ? bytes : int64_t{2} << 20;
-#endif
-  return int64_t{1} << 20;
-}
-
-// Outputs of a block. One pass reads a group of pairs of a block, a slice: the narrower the block,
-// the nearer to the core the slice stays, and with it the next slice that is being fetched. But a
-// corner should fill a cache line.
-int64_t BlockOutputs(const lmkan_cpu_table& table, lmkan_ownership ownership) {
-  constexpr int64_t kCacheLine = 64;
-  if (table.compact) return kCompactBlockOutputs;
-  // Borrowed corners lie num_outputs apart, which is no better for narrow blocks.
-  if (ownership == LMKAN_BORROW && table.dtype != LMKAN_INT8) return kMaxBlockOutputs;
-  const int64_t element = table.element_size();
-  const int64_t widest_slice = kGroupPairs * table.num_cells() * kMaxBlockOutputs * element;
-  if (widest_slice <= SecondLevelCache() / 8) return kMaxBlockOutputs;
-  return kCacheLine / element;
-}
-
-// Whether an INT8 table is stored as Int8Entries: where that is faster, or the caller wants memory
-// spared, unless blocks that aren't full would waste what it saves.
-bool IsCompact(const lmkan_cpu_table& table, lmkan_ownership ownership) {
-  if (table.dtype != LMKAN_INT8 || table.kernels->compact_bytes == KernelSet::kNeverCompact) {
-    return false;
-  }
-  const int64_t unused = kCompactBlockOutputs - 1 - (table.num_outputs - 1) % kCompactBlockOutputs;
-  if (unused > table.num_outputs / 4) return false;
-  constexpr int64_t kEntryBytes = sizeof(Int8Pair);
-  const int64_t bytes = table.num_pairs * table.num_cells() * table.num_outputs * kEntryBytes;
-  // Where slices take much of the second-level cache, those of smaller tables arrive late too.
-  const int64_t slice_bytes = kGroupPairs * table.num_cells() * kMaxBlockOutputs * kEntryBytes;
-  const int64_t least = slice_bytes > SecondLevelCache() / 4 ? table.kernels->compact_bytes / 4
-                                                             : table.kernels->compact_bytes;
-  return ownership == LMKAN_BORROW || bytes >= least;
-}
-
-// From how many rows on a pass fetches the next slice as a whole rather than the rows' corners:
-// half as many as cells need most of a slice, in lines that are cheaper to ask for one after the
-// other; from memory, a third. Of slices that are large for the second-level cache, corners fit
-// longer.
-int64_t WholeSliceRows(const lmkan_cpu_table& table) {
-  constexpr int64_t kEntriesInMemory = int64_t{10} << 20;
-  const int64_t entries = table.num_pairs * table.num_cells() * table.num_outputs;
-  const int64_t slice_bytes =
-      kGroupPairs * table.num_cells() * table.block_outputs * table.element_size();
-  const bool third = entries > kEntriesInMemory && slice_bytes <= SecondLevelCache() / 4;
-  return table.num_cells() / (third ? 3 : 2);
-}
-
 lmkan_status Create(const lmkan_table_desc* desc, lmkan_ownership ownership, lmkan_isa isa,
                     std::unique_ptr<lmkan_cpu_table>* result, const Message& message) {
   if (const lmkan_status status = CheckDesc(desc, message); status != LMKAN_OK) return status;
@@ -280,6 +227,7 @@ lmkan_status Create(const lmkan_table_desc* desc, lmkan_ownership ownership, lmk
   table->compact = IsCompact(*table, ownership);
   table->block_outputs = BlockOutputs(*table, ownership);
   table->num_blocks = (desc->num_outputs + table->block_outputs - 1) / table->block_outputs;
+  table->chunk_rows = ChunkRows(*table);
   table->whole_slice_rows = WholeSliceRows(*table);
 
   const size_t grid_bytes = static_cast<size_t>(desc->num_grids) * sizeof(GridCell);

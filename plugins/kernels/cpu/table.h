@@ -46,6 +46,7 @@ struct lmkan_cpu_table {
   int64_t num_outputs = 0;
   int64_t block_outputs = 0;  // of all blocks but the last
   int64_t num_blocks = 0;
+  int64_t chunk_rows = 0;        // about as many share a pass
   int64_t whole_slice_rows = 0;  // from which passes fetch whole slices, below that corners
   bool packed = false;
   bool compact = false;  // an INT8 table of Int8Entries
