@@ -16,7 +16,7 @@ namespace {
 // Every number of outputs meets every number of rows; pairs and grids rotate through them.
 std::vector<Shape> MakeShapes() {
   constexpr int64_t kPairs[] = {1, 2, 3, 4, 5, 9, 19};
-  constexpr int64_t kGrids[] = {3, 4, 5, 8, 9, 13, 16, 17, 40};
+  constexpr int64_t kGrids[] = {3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 26, 40};
   constexpr int64_t kOutputs[] = {1, 3, 7, 8, 9, 16, 17, 31, 33, 63, 64, 65, 100, 111, 129};
   constexpr int64_t kRows[] = {0, 1, 2, 5, 6, 7, 19, 111};
   // Large tables take long to make and find nothing that small ones don't.

@@ -4,6 +4,8 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "float16.h"
 #include "kernel.h"
 
@@ -41,10 +43,10 @@ inline __m256 ExpNonPositive(__m256 x) {
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
 }
 
-// Points and inverse widths of eight cells.
-struct EightCells {
-  __m256 point;
-  __m256 inverse_width;
+// Of eight features.
+struct CellsAndPositions {
+  __m256i cell;
+  __m256 position;
 };
 
 // The cells of an axis in memory. Loads of whole cells cost less than gathers.
@@ -68,11 +70,13 @@ class CellsInMemory {
     return _mm256_min_epi32(cell, last_cell_);
   }
 
-  EightCells Get(const int32_t* i) const {
+  // Positions of eight features inside cells i.
+  __m256 Position(__m256 x, const int32_t* i) const {
     const __m256 even = Join(LoadTwo(i[0], i[1]), LoadTwo(i[4], i[5]));
     const __m256 odd = Join(LoadTwo(i[2], i[3]), LoadTwo(i[6], i[7]));
-    return {_mm256_shuffle_ps(even, odd, _MM_SHUFFLE(2, 0, 2, 0)),
-            _mm256_shuffle_ps(even, odd, _MM_SHUFFLE(3, 1, 3, 1))};
+    const __m256 point = _mm256_shuffle_ps(even, odd, _MM_SHUFFLE(2, 0, 2, 0));
+    const __m256 inverse_width = _mm256_shuffle_ps(even, odd, _MM_SHUFFLE(3, 1, 3, 1));
+    return _mm256_mul_ps(_mm256_sub_ps(x, point), inverse_width);
   }
 
  private:
@@ -89,66 +93,73 @@ class CellsInMemory {
   __m256i last_cell_;
 };
 
-// The cells of an axis, at most 8 * kVectors, in registers. Permutations cost less than loads, and
-// comparisons with the few points of one half of the axis, which the other half mirrors, less than
-// an exponential.
-template <int kVectors>
-class CellsInRegisters {
-  static_assert(kVectors == 1 || kVectors == 2);
+// Up to eight cells in registers. Permutations cost less than loads, and comparisons with so few
+// bounds less than an exponential.
+template <int kBounds>
+class FewCells {
+  static_assert(kBounds < 8);
 
  public:
-  static bool Holds(const Grid& grid) { return grid.num_grids <= 8 * kVectors; }
-
-  explicit CellsInRegisters(const Grid& grid)
-      : center_(_mm256_set1_epi32((grid.num_grids - 1) / 2)),
-        center_positive_(_mm256_set1_epi32(grid.num_grids / 2)),
-        num_bounds_(grid.num_grids - 1 - grid.num_grids / 2) {
-    for (int32_t i = 0; i < num_bounds_; ++i) {
-      bounds_[i] = _mm256_set1_ps(grid.cells[grid.num_grids / 2 + 1 + i].point);
+  explicit FewCells(const GridCell* cells) {
+    alignas(32) float points[8] = {};
+    alignas(32) float inverse_widths[8] = {};
+    for (int i = 0; i <= kBounds; ++i) {
+      points[i] = cells[i].point;
+      inverse_widths[i] = cells[i].inverse_width;
+      if (i > 0) bounds_[i - 1] = _mm256_set1_ps(cells[i].point);
     }
-    alignas(32) float points[8 * kVectors] = {};
-    alignas(32) float inverse_widths[8 * kVectors] = {};
-    for (int32_t i = 0; i < grid.num_grids; ++i) {
-      points[i] = grid.cells[i].point;
-      inverse_widths[i] = grid.cells[i].inverse_width;
-    }
-    for (int v = 0; v < kVectors; ++v) {
-      points_[v] = _mm256_load_ps(points + 8 * v);
-      inverse_widths_[v] = _mm256_load_ps(inverse_widths + 8 * v);
-    }
+    points_ = _mm256_load_ps(points);
+    inverse_widths_ = _mm256_load_ps(inverse_widths);
   }
 
-  // Cells of eight features; that of NaN is in the middle.
-  __m256i Locate(__m256 x) const {
-    const __m256 distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
-    __m256i outward = _mm256_setzero_si256();
-    for (int32_t i = 0; i < num_bounds_; ++i) {
-      const __m256 beyond = _mm256_cmp_ps(distance, bounds_[i], _CMP_GE_OQ);
-      outward = _mm256_sub_epi32(outward, _mm256_castps_si256(beyond));
+  CellsAndPositions Find(__m256 x) const {
+    __m256i cell = _mm256_setzero_si256();  // and that of NaN
+    for (int i = 0; i < kBounds; ++i) {
+      const __m256 beyond = _mm256_cmp_ps(x, bounds_[i], _CMP_GE_OQ);
+      cell = _mm256_sub_epi32(cell, _mm256_castps_si256(beyond));
     }
-    const __m256 negative = _mm256_castsi256_ps(_mm256_sub_epi32(center_, outward));
-    const __m256 positive = _mm256_castsi256_ps(_mm256_add_epi32(center_positive_, outward));
-    const __m256 is_positive = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ);
-    return _mm256_castps_si256(_mm256_blendv_ps(negative, positive, is_positive));
+    const __m256 distance = _mm256_sub_ps(x, _mm256_permutevar8x32_ps(points_, cell));
+    return {cell, _mm256_mul_ps(distance, _mm256_permutevar8x32_ps(inverse_widths_, cell))};
   }
-
-  EightCells Get(__m256i i) const { return {Permute(points_, i), Permute(inverse_widths_, i)}; }
 
  private:
-  static __m256 Permute(const __m256 (&values)[kVectors], __m256i i) {
-    const __m256 low = _mm256_permutevar8x32_ps(values[0], i);
-    if constexpr (kVectors == 1) return low;
-    const __m256 high = _mm256_permutevar8x32_ps(values[kVectors - 1], i);
-    // A permutation reads the lowest three bits of i; the fourth one, as a sign, chooses.
-    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+  __m256 bounds_[kBounds];
+  __m256 points_;
+  __m256 inverse_widths_;
+};
+
+// An axis of at most eight cells.
+template <int kBounds>
+class ShortAxis : public FewCells<kBounds> {
+ public:
+  explicit ShortAxis(const Grid& grid) : FewCells<kBounds>(grid.cells) {}
+};
+
+// An axis of at most 16 cells: the right half of it, which mirrors the left one. The cell around
+// the middle, if there is one, belongs to both.
+template <int kBounds>
+class MirroredAxis {
+ public:
+  explicit MirroredAxis(const Grid& grid)
+      : right_(grid.cells + grid.num_grids / 2),
+        first_right_(_mm256_set1_epi32(grid.num_grids / 2)),
+        first_left_(_mm256_set1_epi32((grid.num_grids - 1) / 2)) {}
+
+  CellsAndPositions Find(__m256 x) const {
+    const CellsAndPositions right = right_.Find(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x));
+    const __m256i right_cell = _mm256_add_epi32(first_right_, right.cell);
+    const __m256i left_cell = _mm256_sub_epi32(first_left_, right.cell);
+    const __m256 left_position = _mm256_sub_ps(_mm256_set1_ps(1.0f), right.position);
+    // A blend looks at the sign bit, here that of x.
+    const __m256 cell =
+        _mm256_blendv_ps(_mm256_castsi256_ps(right_cell), _mm256_castsi256_ps(left_cell), x);
+    return {_mm256_castps_si256(cell), _mm256_blendv_ps(right.position, left_position, x)};
   }
 
-  __m256 points_[kVectors];
-  __m256 inverse_widths_[kVectors];
-  __m256i center_;           // cell left of the axis's middle, or around it
-  __m256i center_positive_;  // cell right of it, or around it
-  int32_t num_bounds_;
-  __m256 bounds_[4 * kVectors];  // points right of those cells
+ private:
+  FewCells<kBounds> right_;
+  __m256i first_right_;
+  __m256i first_left_;
 };
 
 // Rows of one group that go together: their records are neighbours in memory, so that a tile fills
@@ -161,14 +172,12 @@ struct Tile {
 };
 
 // Eight features are x1 and x2 of four pairs by turns; a record holds all x1 before all x2.
-inline void WriteRecord(__m128i line, __m256 x, __m256i i, const EightCells& cells,
-                        CellRecord* record) {
+inline void WriteRecord(__m128i line, __m256i i, __m256 position, CellRecord* record) {
   const __m256i first_then_second = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
   const __m256i axes = _mm256_permutevar8x32_epi32(i, first_then_second);
   const __m128i cell = _mm_add_epi32(_mm_mullo_epi32(_mm256_castsi256_si128(axes), line),
                                      _mm256_extracti128_si256(axes, 1));
   _mm_store_si128(reinterpret_cast<__m128i*>(record->cell), cell);
-  const __m256 position = _mm256_mul_ps(_mm256_sub_ps(x, cells.point), cells.inverse_width);
   _mm256_storeu_ps(record->position1, _mm256_permutevar8x32_ps(position, first_then_second));
 }
 
@@ -181,19 +190,16 @@ inline void FindTile(const CellsInMemory& cells, __m128i line, int64_t rows, Til
                        cells.Locate(_mm256_load_ps(tile->x[r])));
   }
   for (int64_t r = 0; r < rows; ++r) {
-    WriteRecord(line, _mm256_load_ps(tile->x[r]),
-                _mm256_load_si256(reinterpret_cast<const __m256i*>(tile->cell[r])),
-                cells.Get(tile->cell[r]), records + r);
+    WriteRecord(line, _mm256_load_si256(reinterpret_cast<const __m256i*>(tile->cell[r])),
+                cells.Position(_mm256_load_ps(tile->x[r]), tile->cell[r]), records + r);
   }
 }
 
-template <int kVectors>
-void FindTile(const CellsInRegisters<kVectors>& cells, __m128i line, int64_t rows, Tile* tile,
-              CellRecord* records) {
+template <class Axis>
+void FindTile(const Axis& axis, __m128i line, int64_t rows, Tile* tile, CellRecord* records) {
   for (int64_t r = 0; r < rows; ++r) {
-    const __m256 x = _mm256_load_ps(tile->x[r]);
-    const __m256i i = cells.Locate(x);
-    WriteRecord(line, x, i, cells.Get(i), records + r);
+    const CellsAndPositions found = axis.Find(_mm256_load_ps(tile->x[r]));
+    WriteRecord(line, found.cell, found.position, records + r);
   }
 }
 
@@ -262,12 +268,30 @@ void FindCellsWith(const FindCellsArgs& args) {
   }
 }
 
+// Calls function with `bounds`, kLeast ... kMost, as a compile-time constant.
+template <int kLeast, int kMost, class Function>
+void WithBounds(int32_t bounds, const Function& function) {
+  if constexpr (kLeast < kMost) {
+    if (bounds > kLeast) return WithBounds<kLeast + 1, kMost>(bounds, function);
+  }
+  function(std::integral_constant<int, kLeast>());
+}
+
 // The way depends on the grid alone: next to a cell's edge the ways may find either of two cells,
 // and a row's result must not depend on the rows beside it.
 template <class T>
 void FindCellsAvx2(const FindCellsArgs& args) {
-  if (CellsInRegisters<1>::Holds(args.grid)) return FindCellsWith<T, CellsInRegisters<1>>(args);
-  if (CellsInRegisters<2>::Holds(args.grid)) return FindCellsWith<T, CellsInRegisters<2>>(args);
+  const int32_t num_grids = args.grid.num_grids;
+  if (num_grids <= 8) {
+    return WithBounds<2, 7>(num_grids - 1, [&args](auto bounds) {
+      FindCellsWith<T, ShortAxis<decltype(bounds)::value>>(args);
+    });
+  }
+  if (num_grids <= 16) {
+    return WithBounds<4, 7>(num_grids - 1 - num_grids / 2, [&args](auto bounds) {
+      FindCellsWith<T, MirroredAxis<decltype(bounds)::value>>(args);
+    });
+  }
   FindCellsWith<T, CellsInMemory>(args);
 }
 
