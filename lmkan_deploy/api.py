@@ -460,11 +460,14 @@ def _narrow(
     to measure it on.
     """
     from lmkan_deploy.calibration import Calibration
+    from lmkan_deploy.converters.passes import note_outcomes
     from lmkan_deploy.converters.passes.base import Outcome, lookups
     from lmkan_deploy.converters.table_dtype import narrow_tables, tables_left
 
     left = [] if table_dtype is None and max_error is None else tables_left(model, table_dtype)
     if max_error is None and table_dtype in (None, "float32"):
+        if left:
+            note_outcomes(model, {"table-dtype": Outcome(refused=left)})
         return Outcome(refused=left), None
     if calibration is not None:
         cases = {"calibration": dict(calibration)}
@@ -480,7 +483,9 @@ def _narrow(
             f"expected tables within the range of {table_dtype}, found {'; '.join(outcome.refused)}; choose "
             "another --table-dtype"
         )
-    return Outcome(outcome.applied, left), costs
+    result = Outcome(outcome.applied, left)
+    note_outcomes(model, {"table-dtype": result})
+    return result, costs
 
 
 def _require_agreement(

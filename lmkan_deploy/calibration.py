@@ -28,7 +28,7 @@ from lmkan_deploy.errors import ExportError, InputError, ModelError
 from lmkan_deploy.runtime.onnxruntime import OnnxRuntimeRunner
 from lmkan_deploy.runtime.tensors import Arrays
 from lmkan_deploy.spec import TableDtype
-from lmkan_deploy.verification import TableCost, TableCosts, verify_runners
+from lmkan_deploy.verification import RANDOM_CASE, TableCost, TableCosts, verify_runners
 
 _MOST_ROWS = 1 << 16
 """Rows of a layer's input from which entries are weighted; more change nothing and take time."""
@@ -36,7 +36,8 @@ _MOST_ROWS = 1 << 16
 _ANY_ERROR = float(np.finfo(np.float64).max)
 
 _BY_SIZE: tuple[TableDtype, ...] = ("int8", "float16", "float32")
-"""What `choose_dtypes` chooses from. bfloat16 has float16's size and a bigger error."""
+"""What `Calibration.choose` chooses from. bfloat16 has float16's size and a bigger error, so that it comes in
+where a table is beyond float16's range."""
 
 Cases = Mapping[str, Arrays]
 
@@ -61,6 +62,8 @@ class Calibration:
             raise ValueError("expected at least one case, found none")
         self._model = model
         self._cases = cases
+        is_random = all(case.startswith(RANDOM_CASE) for case in cases)
+        self._data = "random inputs" if is_random else " and ".join(cases)
         self._nodes = list(lookups(model))
         self._outputs = [str(value.name) for value in model.graph.outputs]
         inputs, self._expected = self._run_float32()
@@ -108,9 +111,9 @@ class Calibration:
             dtype: str = wanted
             errors: dict[str, float] = {}
             if float32_table(node) is not None:
-                others: tuple[TableDtype, ...] = ("float16", "int8", wanted)
+                others: tuple[TableDtype, ...] = ("float16", "int8", wanted, "bfloat16")
                 for other in dict.fromkeys(others):
-                    if other == "float32":
+                    if other == "float32" or (other == "bfloat16" != wanted and "float16" in errors):
                         continue
                     progress(f"measuring {name_of(node)} in {other}")
                     alone: list[TableDtype] = ["float32"] * len(dtypes)
@@ -121,7 +124,7 @@ class Calibration:
             else:
                 dtype = table_dtype_of(node)
             result.append(TableCost(name_of(node), dtype, _bytes(node, dtype), errors))
-        return TableCosts(result, self.error(dtypes))
+        return TableCosts(result, self.error(dtypes), self._data)
 
     def costs_of(self, narrowed: ir.Model, progress: Callable[[str], None] = lambda _: None) -> TableCosts:
         """What each narrow table of another model costs, alone.
@@ -147,7 +150,7 @@ class Calibration:
                 progress(f"measuring {name_of(node)} in {dtype}")
                 errors[dtype] = self._error_of(_with_table_of(self._model, node, other))
             result.append(TableCost(name_of(node), dtype, _bytes(other, dtype), errors))
-        return TableCosts(result, self._error_of(narrowed))
+        return TableCosts(result, self._error_of(narrowed), self._data)
 
     def choose(self, max_error: float, progress: Callable[[str], None] = lambda _: None) -> list[TableDtype]:
         """The smallest type for each layer that keeps the whole model within an error.
@@ -168,16 +171,20 @@ class Calibration:
         if not max_error > 0:
             raise ExportError(f"expected a largest error above 0, found {max_error}")
         alone = [cost.errors for cost in self.costs(["float32"] * len(self._nodes), progress).layers]
-        levels = [0 if errors else len(_BY_SIZE) - 1 for errors in alone]
+        ladders = [
+            [dtype if dtype != "float16" or dtype in errors else "bfloat16" for dtype in _BY_SIZE]
+            for errors in alone
+        ]
+        top = len(_BY_SIZE) - 1
+        levels = [0 if errors else top for errors in alone]
 
         def types() -> list[TableDtype]:
-            return [_BY_SIZE[level] for level in levels]
+            return [ladder[level] for ladder, level in zip(ladders, levels, strict=True)]
 
         def cost(index: int) -> float:
-            dtype = _BY_SIZE[levels[index]]
-            return 0.0 if dtype == "float32" else alone[index].get(dtype, np.inf)
+            return 0.0 if levels[index] == top else alone[index].get(types()[index], np.inf)
 
-        while any(levels[i] + 1 < len(_BY_SIZE) for i in range(len(levels))):
+        while any(level < top for level in levels):
             progress(f"trying {', '.join(types())}")
             if self.error(types()) <= max_error:
                 break

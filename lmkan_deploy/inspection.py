@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from lmkan_deploy.converters.model_file import initializer_bytes, load_model
 from lmkan_deploy.converters.onnx_function import is_lookup, is_quantized_lookup
+from lmkan_deploy.converters.passes import PASSES, noted_outcomes
 from lmkan_deploy.converters.passes.base import dtype_name
 from lmkan_deploy.spec import DOMAIN
 
@@ -56,6 +57,9 @@ class ModelInfo:
         other_nodes: Operator type -> number of nodes, for all others.
         weight_bytes: Size of all weights.
         metadata: What the exporter wrote about the model's origin.
+        passes_applied: Graph pass -> a line for each application, of all passes that ran on the file.
+        passes_refused: Graph pass -> a line for each place that it left as it is, and why.
+        passes_not_run: Passes that did not run on it.
     """
 
     path: str
@@ -69,6 +73,9 @@ class ModelInfo:
     other_nodes: dict[str, int]
     weight_bytes: int
     metadata: dict[str, str]
+    passes_applied: dict[str, list[str]]
+    passes_refused: dict[str, list[str]]
+    passes_not_run: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain types."""
@@ -86,6 +93,7 @@ def inspect_model(path: str | Path) -> ModelInfo:
     nodes = list(model.graph.all_nodes())
     layers = [node for node in nodes if _is_layer(node)]
     files = [path, Path(f"{path}.data")]
+    applied, refused = noted_outcomes(model.metadata_props)
     return ModelInfo(
         path=str(path),
         file_bytes=sum(file.stat().st_size for file in files if file.is_file()),
@@ -98,6 +106,9 @@ def inspect_model(path: str | Path) -> ModelInfo:
         other_nodes=dict(Counter(node.op_type for node in nodes if not _is_layer(node)).most_common()),
         weight_bytes=initializer_bytes(model),
         metadata=dict(model.metadata_props),
+        passes_applied=applied,
+        passes_refused=refused,
+        passes_not_run=[item.name for item in PASSES if item.name not in applied],
     )
 
 

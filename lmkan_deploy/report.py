@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -97,7 +96,7 @@ def _print_costs(costs: TableCosts | None) -> None:
     """What every layer's narrow table costs, and what the other types would."""
     if costs is None or not costs.layers:
         return
-    _print(("largest relative error with one narrow table at a time", "bold"))
+    _print((f"largest relative error with one narrow table at a time, on {costs.data}", "bold"))
     dtypes = sorted({dtype for cost in costs.layers for dtype in cost.errors}, key=TABLE_DTYPES.index)
     table = Table()
     table.add_column("lookup layer")
@@ -164,18 +163,20 @@ def print_model(info: ModelInfo) -> None:
     grid = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         grid.add_row(Text(name, "dim"), Text(value))
-    passes = {}
     for key, value in info.metadata.items():
         name = key.removeprefix("lmkan_deploy.")
-        if name.startswith("passes_"):
-            passes[name] = json.loads(value)
-        else:
+        if not name.startswith("passes_"):
             grid.add_row(Text(name, "dim"), Text(value))
     _console.print(grid)
-    if any(passes.values()):
-        _print(("passes", "dim"))
-        _print_passes(passes.get("passes_applied", {}), "")
-        _print_passes(passes.get("passes_refused", {}), "not ")
+    _print(("passes", "dim"))
+    _print_passes(info.passes_applied, "")
+    _print_passes(info.passes_refused, "not ")
+    idle = [
+        name for name, lines in info.passes_applied.items() if not lines + info.passes_refused.get(name, [])
+    ]
+    for title, names in (("nothing to do", idle), ("not run", info.passes_not_run)):
+        if names:
+            _print(f"  {title}: {', '.join(names)}")
     _print_layers(info)
 
 

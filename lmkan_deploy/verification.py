@@ -24,7 +24,7 @@ RANDOM_RTOL = 1e-3
 tables are extrapolated there, and the rounding of each layer grows with their slopes.
 """
 
-_RANDOM = "random"
+RANDOM_CASE = "random"
 """First word of the names of random cases."""
 
 BATCH_SIZES = (1, 2, 7, 64)
@@ -103,10 +103,12 @@ class TableCosts:
     Attributes:
         layers: One for each lookup layer, in the graph's order.
         together: Largest relative error of the model's outputs with all of them, on the same data.
+        data: What that data is, such as "random inputs".
     """
 
     layers: list[TableCost]
     together: float
+    data: str
 
 
 @dataclass(frozen=True)
@@ -157,11 +159,11 @@ def random_cases(
     rng = np.random.default_rng(seed)
     free = list(dict.fromkeys(size for spec in specs for size in spec.shape if not isinstance(size, int)))
     if not free:
-        return {_RANDOM: random_inputs(specs, {None: 0}, rng)}
+        return {RANDOM_CASE: random_inputs(specs, {None: 0}, rng)}
     cases = {}
     for index in range(len(sizes)):
         chosen = {name: sizes[(index + ahead) % len(sizes)] for ahead, name in enumerate(free)}
-        case = f"{_RANDOM} {' x '.join(map(str, chosen.values()))}"
+        case = f"{RANDOM_CASE} {' x '.join(map(str, chosen.values()))}"
         cases[case] = random_inputs(specs, {None: sizes[index], **chosen}, rng)
     return cases
 
@@ -236,7 +238,7 @@ def _pool(case: str) -> str:
     """Cases of one pool share a scale. Given inputs never share theirs with random ones, whose outputs may
     be of another size altogether.
     """
-    return _RANDOM if case.startswith(_RANDOM) else case
+    return RANDOM_CASE if case.startswith(RANDOM_CASE) else case
 
 
 def _root_mean_squares(expected: Mapping[str, Arrays]) -> dict[tuple[str, str], float]:
@@ -261,7 +263,7 @@ def _compare(
         return replace(base, problem=f"expected shape {list(want.shape)}, found {list(got.shape)}")
     if rtol is None:
         rtol = max(DEFAULT_RTOL.get(array.dtype.name, 0.0) for array in (want, got))
-        if rtol > 0.0 and _pool(base.case) == _RANDOM:
+        if rtol > 0.0 and _pool(base.case) == RANDOM_CASE:
             rtol = max(rtol, RANDOM_RTOL)
     return _statistics(replace(base, rtol=rtol), want, got, rms)
 

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
 import pytest
 
 import lmkan_deploy
@@ -73,6 +76,25 @@ def test_the_chosen_types_are_the_smallest_within_the_error(user_model: UserMode
             assert study.error(narrower) > most
     assert sizes == sorted(sizes, reverse=True)
     assert (sizes[0], sizes[-1]) == (4 * len(chosen), len(chosen))
+
+
+def test_bfloat16_is_chosen_beyond_the_range_of_float16() -> None:
+    rng = np.random.default_rng(0)
+    table = rng.uniform(1e6, 2e6, (3, 7, 7, 5)).astype(np.float32)
+    proto = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20, "lmkan" : 1]>
+        g (float[n, 6] x) => (float[n, 5] y) { y = lmkan.LMKAN2D (x, table) }"""
+    )
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(table, "table"))
+    model = ir.serde.deserialize_model(proto)
+    x = rng.uniform(-1, 1, (50, 6)).astype(np.float32)
+    study = Calibration(model, {"data": {"x": x}})
+    (cost,) = study.costs(["float32"]).layers
+    assert set(cost.errors) == {"int8", "bfloat16"}
+    assert cost.errors["int8"] != cost.errors["bfloat16"]
+    assert study.choose(1e-6) == ["float32"]
+    between = sorted(cost.errors.values())
+    assert study.choose(between[0] * 1.01) == [min(cost.errors, key=cost.errors.get)]
 
 
 def test_export_within_an_error(user_model: UserModel, wide: Path, tmp_path: Path) -> None:
@@ -159,6 +181,15 @@ def test_command_line(stack: ExportedStack, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "all tables, " in result.stdout
+    assert "one narrow table at a time, on calibration" in result.stdout
+    exported = run(
+        "export", stack.checkpoint, "-o", tmp_path / "m.onnx", "--max-error", 0.05, "--calibration",
+        tmp_path / "x.npy",
+    )  # fmt: skip
+    assert exported.returncode == 0, exported.stderr
+    assert "all tables, " in exported.stdout
+    compared = run("verify", output, "--reference", stack.onnx, "--rtol", 0.9)
+    assert "one narrow table at a time, on random inputs" in compared.stdout
     verified = run(
         "verify", output, "--reference", stack.onnx, "-i", tmp_path / "x.npy", "--rtol", 0.2, "--json"
     )

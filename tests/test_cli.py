@@ -86,6 +86,7 @@ def test_inspect(methane: Path) -> None:
         "ai.onnx 20, lmkan 1",
         "present",
         "fold-scale-shift: lmkan1: BatchNormalization",
+        "nothing to do: ",
         "3,072",
     ):
         assert fragment in text
@@ -101,6 +102,23 @@ def test_inspect(methane: Path) -> None:
         "table_bytes": 16 * 13 * 13 * 32 * 4,
         "multiply_adds": 4 * 16 * 32,
     }
+
+
+def test_passes_by_name(methane: Path, tmp_path: Path) -> None:
+    without = tmp_path / "without.onnx"
+    result = cli("export", *METHANE, "-o", without, "--no-passes", "fold-scale-shift")
+    assert result.returncode == 0, result.stderr
+    assert "not run: fold-scale-shift\n" in cli("inspect", without).stdout
+    assert json.loads(cli("inspect", without, "--json").stdout)["other_nodes"]["BatchNormalization"] > 0
+    only = tmp_path / "only.onnx"
+    result = cli("optimize", without, "-o", only, "--passes", "fold-scale-shift")
+    assert "fold-scale-shift: lmkan1: BatchNormalization" in result.stdout
+    found = json.loads(cli("inspect", only, "--json").stdout)
+    assert found["passes_not_run"] == []
+    assert "BatchNormalization" not in found["other_nodes"]
+    fails(
+        cli("optimize", without, "-o", only, "--passes", "fold"), 2, "expected a pass of fold-table-transpose"
+    )
 
 
 def test_run(methane: Path, tmp_path: Path) -> None:

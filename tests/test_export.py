@@ -24,7 +24,7 @@ from lmkan_deploy.nn import LMKAN2DLayer, LMKANConv2d, PreconditionedLMKAN2D
 from lmkan_deploy.runtime.pytorch import TorchRunner
 from lmkan_deploy.runtime.runner import load_runner
 from lmkan_deploy.verification import random_cases, verify_runners
-from networks import DATA, ExportedStack, UserModel, make_stack
+from networks import DATA, USER_MODELS, ExportedStack, UserModel, make_stack
 
 RUNTIMES = ("onnxruntime", "onnxruntime-function", "onnx-reference")
 
@@ -44,6 +44,20 @@ def lookups(path: Path) -> list[onnx.NodeProto]:
 
 
 # --- The main job ------------------------------------------------------------------------------------
+
+
+def test_both_linear_forms_of_a_users_class_fold(tmp_path: Path) -> None:
+    patchnet = next(model for model in USER_MODELS if model.name == "patchnet")
+    info = lmkan_deploy.export(
+        patchnet.state_dict,
+        tmp_path / "model.onnx",
+        architecture=patchnet.architecture,
+        input_shapes=patchnet.input_shapes,
+    ).info
+    assert set(info.other_nodes) == {"Reshape", "Transpose"}
+    forms = [line.partition(": ")[2] for line in info.passes_applied["fold-linear-branch"]]
+    assert sorted(forms) == ["Linear(ReLU(x))", "Linear(ReLU(x))", "Linear(x)"]
+    assert sum("BatchNormalization" in line for line in info.passes_applied["fold-scale-shift"]) == 2
 
 
 @pytest.mark.parametrize("form", ["state dict", "pickled", "exported program"])

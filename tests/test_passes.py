@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 import lmkan_deploy
 from lmkan_deploy.checkpoints.input_shapes import input_specs, parse_input_shape
 from lmkan_deploy.converters.model_file import staged_model
-from lmkan_deploy.converters.passes import PASSES, optimize, run_passes, select_passes
+from lmkan_deploy.converters.passes import PASSES, noted_outcomes, optimize, run_passes, select_passes
+from lmkan_deploy.converters.passes.drop_constant_pairs import constant_pairs, without_pairs
 from lmkan_deploy.converters.passes.fold_linear_branch import Linear, _with_branch
 from lmkan_deploy.converters.passes.fold_scale_shift import _scaled
 from lmkan_deploy.converters.passes.simplify_layout import simplify_layout
@@ -62,6 +63,19 @@ def test_linear_branches_are_exact(pairs: int, grids: int, outputs: int, relu: b
     branch = Linear(ir.Value(name="x"), relu, weight, bias)
     want = lookup2d(x, table) + (np.maximum(x, 0) if relu else x) @ weight + bias
     np.testing.assert_allclose(lookup2d(x, _with_branch(table, branch)), want, rtol=1e-9, atol=1e-7)
+
+
+@given(**SHAPES, seed=st.integers(0, 2**31))
+def test_dropping_constant_pairs_is_exact(pairs: int, grids: int, outputs: int, seed: int) -> None:
+    rng, table, x = case(pairs, grids, outputs, seed)
+    wanted = rng.random(pairs) < 0.5
+    wanted[rng.integers(pairs)] = False
+    table[wanted] = rng.standard_normal((int(wanted.sum()), 1, 1, outputs))
+    is_constant = constant_pairs(table)
+    np.testing.assert_array_equal(is_constant, wanted)
+    kept = x.reshape(len(x), pairs, 2)[:, ~is_constant].reshape(len(x), -1)
+    got = lookup2d(kept, without_pairs(table, is_constant))
+    np.testing.assert_allclose(got, lookup2d(x, table), rtol=1e-9, atol=1e-7)
 
 
 @pytest.mark.parametrize(("grids", "error"), [(3, 0.15), (5, 0.1), (13, 0.03)])
@@ -198,6 +212,8 @@ def test_preconditioned_networks(form: str, grids: int, left: list[str], tmp_pat
     refused = json.loads(model.metadata_props["lmkan_deploy.passes_refused"])
     if form == "relu_first" and grids == 5:
         assert "0.lmkan: Linear(ReLU(x)) stays: G = 5 is odd" in refused["fold-linear-branch"][0]
+    elif form == "relu_last":
+        assert "0.lmkan: ReLU(Linear(x)) stays: its kinks are not along" in refused["fold-linear-branch"][0]
     else:
         assert "fold-linear-branch" not in refused
 
@@ -629,6 +645,46 @@ def test_layers_without_a_valid_table_are_left_to_the_runtime() -> None:
     optimize(ir.serde.deserialize_model(proto))
 
 
+@pytest.mark.parametrize(
+    ("body", "shape", "name", "reason"),
+    [
+        ("z = Add(x, x)  p = MatMul(z, w)  y = Add(h, p)", "n", "fold-linear-branch", "other features"),
+        ("y = Mul(h, column)", "n, 6", "fold-scale-shift", "does not go along the outputs"),
+        ("r = Reshape(h, flat)  y = Reshape(r, wide)", "n, k", "simplify-layout", "several free axes"),
+    ],
+)
+def test_reasons_are_given(body: str, shape: str, name: str, reason: str) -> None:
+    proto = hand_made(body, f"float[{shape}, 6] y", inputs=f"float[{shape}, 4] x")
+    for value, numbers in (("flat", [-1, 6]), ("wide", [1, -1, 6])):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(numbers), value))
+    model = ir.serde.deserialize_model(proto)
+    optimize(model)
+    assert reason in " ".join(noted_outcomes(model.metadata_props)[1][name])
+
+
+def test_a_batch_norm_before_the_first_layer_stays(tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(4), LMKAN2DLayer(6, 4, 6)).eval()
+    refused = noted_outcomes(check(module, "n,4", tmp_path).metadata_props)[1]
+    assert refused["fold-scale-shift"] == ["1: BatchNormalization before it stays: it would move the grid"]
+
+
+@pytest.mark.parametrize(("pairs", "dtype"), [(3, "float16"), (3, "float32"), (1, "float32")])
+def test_constant_pairs_that_stay(pairs: int, dtype: str) -> None:
+    table = np.ones((pairs, 7, 7, 6), dtype)
+    proto = hand_made(
+        "y = Relu(h)", f"{dtype.replace('32', '')}[n, 6] y", inputs=f"{dtype.replace('32', '')}[n, 4] x"
+    )
+    proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 2 * pairs
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(table, "table"))
+    model = ir.serde.deserialize_model(proto)
+    outcome = run_passes(model)["drop-constant-pairs"]
+    left = {"float16": f"{pairs} constant pairs stay: the table is not of float32"}.get(
+        dtype, "a constant pair stays: it is the last one"
+    )
+    assert [line.partition(": ")[2] for line in outcome.refused] == [left]
+    assert len(outcome.applied) == (dtype == "float32" and pairs > 1)
+
+
 # --- Constant pairs ----------------------------------------------------------------------------------
 
 
@@ -740,9 +796,18 @@ def test_optimizing_a_file(tmp_path: Path) -> None:
     info = lmkan_deploy.inspect(tmp_path / "small.onnx")
     assert info.has_function
     assert info.metadata["lmkan_deploy.checkpoint"] == "model.pt"
-    assert "BatchNormalization" in info.metadata["lmkan_deploy.passes_applied"]
-    again = lmkan_deploy.optimize(tmp_path / "small.onnx", tmp_path / "small.onnx")
-    assert not any(outcome.applied for outcome in again.outcomes.values())
+    assert info.passes_applied["fold-scale-shift"] == ["0: BatchNormalization"]
+    assert info.passes_not_run == []
+    assert plain.info.passes_not_run == [
+        item.name for item in PASSES if item.name not in plain.info.passes_applied
+    ]
+    assert "fold-scale-shift" in plain.info.passes_not_run
+    again = lmkan_deploy.optimize(tmp_path / "small.onnx", tmp_path / "small.onnx", table_dtype="float16")
+    assert [name for name, outcome in again.outcomes.items() if outcome.applied] == ["table-dtype"]
+    # What was done before is still noted.
+    info = lmkan_deploy.inspect(tmp_path / "small.onnx")
+    assert info.passes_applied["fold-scale-shift"] == ["0: BatchNormalization"]
+    assert info.passes_applied["table-dtype"] == ["0: float16", "2: float16"]
 
 
 def test_running_the_passes_again_changes_nothing(tmp_path: Path) -> None:

@@ -52,6 +52,17 @@ def test_user_models_with_narrow_tables(dtype: str, user_model: UserModel, tmp_p
     assert max(error.values()) < 1.2 * min(error.values())
 
 
+def test_int8_files_are_a_quarter(tmp_path: Path) -> None:
+    torch.save(make_stack(32, 64, 64, 10, num_grids=12).state_dict(), tmp_path / "model.pt")
+    sizes = {
+        dtype: lmkan_deploy.export(
+            tmp_path / "model.pt", tmp_path / f"{dtype}.onnx", table_dtype=dtype
+        ).info.file_bytes
+        for dtype in ("float32", "int8")
+    }
+    assert sizes["int8"] <= 0.27 * sizes["float32"]
+
+
 def test_a_tighter_tolerance_than_the_type_gives_fails(stack: ExportedStack, tmp_path: Path) -> None:
     with pytest.raises(VerificationError):
         lmkan_deploy.export(stack.checkpoint, tmp_path / "m.onnx", table_dtype="bfloat16", rtol=1e-5)
@@ -77,7 +88,7 @@ def test_the_tolerance_counts_in_every_comparison(
 
 def test_optimizing_a_file(stack: ExportedStack, tmp_path: Path) -> None:
     result = lmkan_deploy.optimize(stack.onnx, tmp_path / "half.onnx", table_dtype="float16")
-    assert result.outcomes["table-dtype"].applied == ["0", "2"]
+    assert result.outcomes["table-dtype"].applied == ["0: float16", "2: float16"]
     assert result.verification.passed
     again = lmkan_deploy.optimize(tmp_path / "half.onnx", tmp_path / "again.onnx", table_dtype="bfloat16")
     assert again.outcomes["table-dtype"].applied == []  # never narrowed twice

@@ -62,7 +62,9 @@ RelativeTolerance = Annotated[
 Passes = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
-        "--passes", metavar="NAME", help="Run this graph pass and no others. May be repeated. Default: all."
+        "--passes",
+        metavar="NAME",
+        help="Run this graph pass and no others. May be repeated. Default: all; optimize --help lists them.",
     ),
 ]
 NoPasses = Annotated[

@@ -61,7 +61,7 @@ def narrow_tables(
             _quantize(model.graph, node, table, None if importances is None else importances[index])
         elif not _round(model.graph, node, table, dtype, outcome):
             continue
-        outcome.applied.append(name_of(node))
+        outcome.applied.append(f"{name_of(node)}: {dtype}")
     attach_function(model)
     return outcome
 

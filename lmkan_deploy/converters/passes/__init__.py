@@ -8,7 +8,7 @@ makes room for another.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
@@ -97,7 +97,33 @@ def optimize(model: ir.Model, passes: Collection[Pass] = PASSES) -> dict[str, Ou
     """
     outcomes = run_passes(model, passes)
     attach_function(model)
-    for kind in ("applied", "refused"):
-        lines = {name: getattr(outcome, kind) for name, outcome in outcomes.items() if getattr(outcome, kind)}
-        model.metadata_props[f"lmkan_deploy.passes_{kind}"] = json.dumps(lines)
+    note_outcomes(model, outcomes)
     return outcomes
+
+
+def note_outcomes(model: ir.Model, outcomes: Mapping[str, Outcome]) -> None:
+    """Notes in a model's metadata what passes did, behind what they did to it before, and what they refused
+    this time. Passes that ran and did nothing are noted too.
+    """
+    applied, refused = noted_outcomes(model.metadata_props)
+    for name, outcome in outcomes.items():
+        applied[name] = applied.get(name, []) + outcome.applied
+        refused.pop(name, None)
+        if outcome.refused:
+            refused[name] = outcome.refused
+    for kind, lines in (("applied", applied), ("refused", refused)):
+        model.metadata_props[f"lmkan_deploy.passes_{kind}"] = json.dumps(lines)
+
+
+def noted_outcomes(metadata: Mapping[str, str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """What `note_outcomes` noted: pass name -> lines, of what every pass that ran has applied, and of what
+    some refused.
+    """
+    found: list[dict[str, list[str]]] = []
+    for kind in ("applied", "refused"):
+        try:
+            lines = json.loads(metadata.get(f"lmkan_deploy.passes_{kind}", "{}"))
+        except ValueError:
+            lines = {}
+        found.append(lines if isinstance(lines, dict) else {})
+    return found[0], found[1]

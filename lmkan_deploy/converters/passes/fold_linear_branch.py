@@ -53,8 +53,13 @@ def fold_linear_branch(model: ir.Model) -> Outcome:
             lookup = None if lookup_side is None else lookup_side.producer()
             if lookup_side is None or linear_side is None or lookup is None or not is_lookup(lookup):
                 continue
+            if _is_relu_last(linear_side, lookup):
+                outcome.refused.append(
+                    f"{name_of(lookup)}: ReLU(Linear(x)) stays: its kinks are not along the grid"
+                )
+                break
             branch = _linear(linear_side)
-            if branch is None or branch.features is not lookup.inputs[0]:
+            if branch is None:
                 continue
             reason = _why_not(lookup, lookup_side, branch)
             form = "Linear(ReLU(x))" if branch.relu else "Linear(x)"
@@ -74,7 +79,17 @@ def fold_linear_branch(model: ir.Model) -> Outcome:
     return outcome
 
 
+def _is_relu_last(value: ir.Value, lookup: ir.Node) -> bool:
+    node = value.producer()
+    if node is None or not is_op(node, "Relu") or node.inputs[0] is None:
+        return False
+    branch = _linear(node.inputs[0])
+    return branch is not None and branch.features is lookup.inputs[0]
+
+
 def _why_not(lookup: ir.Node, output: ir.Value, branch: Linear) -> str | None:
+    if branch.features is not lookup.inputs[0]:
+        return "it takes other features than the layer"
     table = float32_table(lookup)
     if table is None:
         return "the table is not a float32 constant"

@@ -59,6 +59,11 @@ def fold_scale_shift(model: ir.Model) -> Outcome:
             continue
         found = _find_lookup(affine.data, affine.axis)
         if found is None:
+            outcome.refused += [
+                f"{name_of(use.node)}: {node.op_type} before it stays: it would move the grid"
+                for use in node.outputs[0].uses()
+                if is_lookup(use.node) and use.idx == 0
+            ]
             continue
         lookup, reason = found
         table = float32_table(lookup)
@@ -160,7 +165,7 @@ def _find_lookup(value: ir.Value, axis: int | None) -> tuple[ir.Node, str | None
         if is_lookup(node):
             rank = None if value.shape is None else len(value.shape)
             is_last = axis is None or (rank is not None and axis == rank - 1)
-            return (node, reason) if is_last else None
+            return node, reason if is_last else "it does not go along the outputs"
         if (
             is_op(node, "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
             and node.inputs[0] is not None

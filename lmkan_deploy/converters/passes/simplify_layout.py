@@ -37,9 +37,13 @@ def simplify_layout(model: ir.Model) -> Outcome:
             continue  # in the middle of a chain
         chain = _chain_to(node)
         replacement = _shortest(chain)
-        if replacement is None or len(replacement) >= len(chain):
-            continue
         before = " ".join(n.op_type for n in chain)
+        if isinstance(replacement, str):
+            if len(chain) > 1:
+                outcome.refused.append(f"{name_of(node)}: {before} stays: {replacement}")
+            continue
+        if len(replacement) >= len(chain):
+            continue
         _replace(model.graph, chain, replacement)
         outcome.applied.append(
             f"{name_of(node)}: {before} -> {' '.join(k for k, _ in replacement) or 'nothing'}"
@@ -91,19 +95,22 @@ def _composed(chain: list[ir.Node]) -> list[Step] | None:
     axes: list[int] | None = None
     for node in chain:
         permutation = node.attributes.get_ints("perm", ())
+        if not permutation and node.inputs[0] is not None and node.inputs[0].shape is not None:
+            permutation = tuple(reversed(range(len(node.inputs[0].shape))))
         if not is_op(node, "Transpose") or not permutation:
             return None
         axes = list(permutation) if axes is None else [axes[i] for i in permutation]
     return [] if axes == sorted(axes or []) else [("Transpose", axes or [])]
 
 
-def _shortest(chain: list[ir.Node]) -> list[Step] | None:
+def _shortest(chain: list[ir.Node]) -> list[Step] | str:
+    """The shortest chain that does the same, or why it is not known."""
     composed = _composed(chain)
     if composed is not None:
         return composed
     shapes = [_shape(chain[0].inputs[0]), *(_shape(node.outputs[0]) for node in chain)]
     if any(shape is None for shape in shapes):
-        return None
+        return "a shape is unknown, or has several free axes or an empty one"
     source = shapes[0] or []
     axes = [[_Atom(size)] for size in source]
     origin = list(axes)
@@ -115,7 +122,7 @@ def _shortest(chain: list[ir.Node]) -> list[Step] | None:
             continue
         regrouped = _regroup([atom for axis in axes for atom in axis], shape)
         if regrouped is None:
-            return None
+            return "a reshape cuts across axes"
         axes = regrouped
 
     start = [leaf for axis in origin for atom in axis for leaf in atom.leaves()]
