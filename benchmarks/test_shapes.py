@@ -34,10 +34,10 @@ def test_shapes(benchmark, shape: tuple[int, int, int, int], form: str) -> None:
     x = rng.standard_normal((batch, n_in), dtype=np.float32)
     dense = workloads.dense(x, n_out)
     if form == "dense":
-        run = workloads.dense(x, n_out)
+        workload = workloads.dense(x, n_out)
     else:
         table = workloads.random_table(rng, n_in, n_out, num_grids)
-        run = {
+        workload = {
             **{
                 dtype: lambda dtype=dtype: workloads.lookup(x, [workloads.in_type(table, dtype)])
                 for dtype in ("float32", "float16", "bfloat16", "int8")
@@ -47,6 +47,11 @@ def test_shapes(benchmark, shape: tuple[int, int, int, int], form: str) -> None:
             "identity": lambda: workloads.identity(x),
         }[form]()
     benchmark.extra_info |= {"kind": "shapes", "shape": name(shape), "form": form}
-    benchmark.extra_info["evaluations"] = batch * n_in // 2 * n_out
-    benchmark(run)
-    benchmark.extra_info["ratios"] = workloads.paired_ratios(run, dense)
+    benchmark.extra_info |= {"evaluations": batch * n_in // 2 * n_out, "error": workload.error}
+    benchmark(workload.run)
+    others = {"ratios": dense}
+    if form in ("function", "embedding_bag"):
+        others["float32_ratios"] = workloads.lookup(x, [table])
+    own, *baselines = workloads.in_turns(workload.run, *(other.run for other in others.values()))
+    for key, seconds in zip(others, baselines, strict=True):
+        benchmark.extra_info[key] = workloads.ratios(own, seconds)

@@ -17,5 +17,6 @@ def test_threads(benchmark, num_grids: int) -> None:
     table = workloads.random_table(rng, WIDTH, WIDTH, num_grids)
     one, two = (workloads.lookup(x, [table], threads=threads) for threads in (1, 2))
     benchmark.extra_info |= {"kind": "threads", "width": WIDTH, "num_grids": num_grids, "batch": BATCH}
-    benchmark(two)
-    benchmark.extra_info["ratios"] = workloads.paired_ratios(one, two)
+    benchmark.extra_info["error"] = two.error
+    benchmark(two.run)
+    benchmark.extra_info["ratios"] = workloads.ratios(*workloads.in_turns(one.run, two.run))
