@@ -38,6 +38,11 @@ CURVES = {  # key of what varies, label
     "width": ("width", "width, N_in = N_out"),
 }
 
+ABOUT_GRIDS = (
+    "Loads: four float32 an evaluation. Table: all of its bytes once a call; a time below the larger of both is "
+    "possible where a batch reaches only a part of the table."
+)
+
 Entry = dict[str, Any]
 
 
@@ -248,6 +253,7 @@ def parts_of(folder: Path, title: str, by_kind: dict[str, list[Entry]]) -> list[
         if points:
             table = grids_table(points, bandwidth) if curve == "G" else curve_table(points, curve)
             parts += [f"### Time over {label}", table]
+            parts += [ABOUT_GRIDS] if curve == "G" else []
     return parts
 
 
