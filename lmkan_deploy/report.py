@@ -131,11 +131,13 @@ def print_engine(path: Path, manifest: Manifest) -> None:
         "GPU": gpu,
         "plugin": "needed" if manifest.plugin_sha256 else "not needed",
     }
-    for name, profile in manifest.profiles.items():
-        shapes = ("x".join(map(str, shape)) for shape in (profile.smallest, profile.typical, profile.largest))
-        rows[f"input {name}"] = (
-            " to ".join([*shapes][::2]) + f", tuned for {'x'.join(map(str, profile.typical))}"
-        )
+    for number, profile in enumerate(manifest.profiles):
+        prefix = f"profile {number}, " if len(manifest.profiles) > 1 else ""
+        for name, shapes in profile.items():
+            smallest, typical, largest = (
+                "x".join(map(str, shape)) for shape in (shapes.smallest, shapes.typical, shapes.largest)
+            )
+            rows[f"{prefix}input {name}"] = f"{smallest} to {largest}, tuned for {typical}"
     _print_rows(rows)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from emulated_gpu import emulated_gpu
 from lmkan_deploy import cli
-from lmkan_deploy.engines.profiles import Profile
+from lmkan_deploy.engines.profiles import ShapeRange
 
 if __name__ == "__main__":
     model, largest = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
-    profiles = {"x": Profile((1, 10), (8, 10), (largest, 10))}
+    profiles = [{"x": ShapeRange((1, 10), (8, 10), (largest, 10))}]
     with emulated_gpu("tensorrt", model, profiles) as (_, driver):
         try:
             cli.main()

@@ -13,7 +13,7 @@ import os
 import threading
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -295,10 +295,18 @@ class Context:
         self._trt, self._engine = trt, engine
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
+        self._profile: int | None = None
         self._workspace: tuple[int, int] | None = None
         self._needs_workspace = needs_workspace
         self._changes = 0
         self._runs = 0
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        assert Stream.known[stream_handle].captured is None
+        assert not self._shapes, "shapes of another profile are lost"
+        self._profile = profile_index
+        self._changes += 1
+        return profile_index < len(self._trt.profiles)
 
     def set_device_memory(self, memory: int, size: int) -> None:
         assert memory % 256 == 0
@@ -307,11 +315,10 @@ class Context:
         self._changes += 1
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        profile = self._trt.profiles[name]
+        assert self._profile is not None, "which profile a new context has depends on TensorRT's release"
         self._shapes[name] = shape
         self._changes += 1
-        bounds = zip(profile.smallest, shape, profile.largest, strict=True)
-        return all(low <= size <= high for low, size, high in bounds)
+        return self._trt.profiles[self._profile][name].allows(shape)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address
@@ -330,6 +337,7 @@ class Context:
             return False
         assert self._runs > 0 or not capturing, "captured before its first run"
         self._runs += 1
+        self._trt.runs.append((self._profile, next(iter(self._shapes.values()))[0]))
         context, changes, shapes, addresses = (
             weakref.ref(self),
             self._changes,
@@ -361,6 +369,7 @@ class TensorRT(types.ModuleType):
 
     Attributes:
         contexts: The graph strategy of every execution context so far.
+        runs: The profile and the rows of every run so far, but for launches of graphs.
         unknown_shapes: Outputs whose shapes the engine does not know.
         unknown_tensors: Tensors whose memory it refuses.
         refuses: Called with whether a run is captured, returns whether it fails.
@@ -372,10 +381,11 @@ class TensorRT(types.ModuleType):
     TensorIOMode = types.SimpleNamespace(INPUT="INPUT")
     CudaGraphStrategy = types.SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
 
-    def __init__(self, name: str, cuda: Cuda, model: Path, profiles: Mapping[str, Profile]) -> None:
+    def __init__(self, name: str, cuda: Cuda, model: Path, profiles: Sequence[Profile]) -> None:
         super().__init__(name)
         self.cuda, self.model, self.profiles = cuda, lmkan_deploy.load_runner(model), profiles
         self.contexts: list[Any] = []
+        self.runs: list[tuple[int | None, int]] = []
         self.unknown_shapes: set[str] = set()
         self.unknown_tensors: set[str] = set()
         self.refuses: Callable[[bool], bool] = lambda _: False
@@ -390,7 +400,7 @@ class TensorRT(types.ModuleType):
 
 
 @contextlib.contextmanager
-def emulated_gpu(runtime: str, model: Path, profiles: Mapping[str, Profile]) -> Any:
+def emulated_gpu(runtime: str, model: Path, profiles: Sequence[Profile]) -> Any:
     """Puts the stand-ins in place. Yields TensorRT and the driver."""
     cuda, driver = Cuda(), Driver()
     trt = TensorRT(runtime.replace("-", "_"), cuda, model, profiles)

@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from lmkan_deploy.engines.build import build_engine
 from lmkan_deploy.engines.device import compute_capability
 from lmkan_deploy.engines.lane import MAX_GRAPHS
 from lmkan_deploy.engines.manifest import Manifest, manifest_path
-from lmkan_deploy.engines.profiles import Profile
+from lmkan_deploy.engines.profiles import Profile, ShapeRange
 from lmkan_deploy.engines.runner import MAX_IDLE_LANES, EngineRunner
 from lmkan_deploy.errors import EngineError, InputError, LibraryError, ModelError
 from lmkan_deploy.serving.batching import BatchingOptions
@@ -45,16 +45,17 @@ PADDED_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 @pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
 def gpu(request: pytest.FixtureRequest, stack: ExportedStack, tmp_path: Path) -> Iterator[SimpleNamespace]:
     """A GPU with an engine on it."""
-    profiles = {"x": Profile((1, 10), (8, 10), (LARGEST, 10))}
+    profiles = [{"x": ShapeRange((1, 10), (8, 10), (LARGEST, 10))}]
     with engine_on_gpu(tmp_path / "m.engine", stack.onnx, profiles, request.param) as found:
         yield found
 
 
 @contextlib.contextmanager
 def engine_on_gpu(
-    path: Path, model: Path, profiles: dict[str, Profile], runtime: str
+    path: Path, model: Path, profiles: Sequence[Profile], runtime: str
 ) -> Iterator[SimpleNamespace]:
     path.write_bytes(b"engine")
+    of_model = lmkan_deploy.load_runner(model)
     manifest = Manifest(
         runtime=runtime,
         runtime_version="10.14.1",
@@ -64,7 +65,8 @@ def engine_on_gpu(
         model="model.onnx",
         model_sha256="0" * 64,
         engine_sha256=file_sha256(path),
-        profiles=profiles,
+        profiles=list(profiles),
+        axes={spec.name: spec.shape for spec in (*of_model.inputs, *of_model.outputs)},
         lookup_layers=2,
     )
     manifest_path(path).write_text(json.dumps(manifest.to_json()))
@@ -117,7 +119,7 @@ def test_memory_stays_bounded(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
         for count in range(1, MAX_GRAPHS + 6):
             check(runner, gpu.model, rows(count, repetition))
     # The input and the output of each shape, and what the contexts share.
-    assert gpu.memory.allocations == (2 * MAX_GRAPHS + 1 if cuda_graphs else 2)
+    assert gpu.memory.allocations == 1 + (2 * MAX_GRAPHS if cuda_graphs else 2)
     assert len(gpu.driver.graphs) == (MAX_GRAPHS if cuda_graphs and gpu.runtime == "tensorrt" else 0)
     del runner
     gc.collect()
@@ -173,7 +175,7 @@ def test_a_burst_leaves_few_lanes(cuda_graphs: bool, gpu: SimpleNamespace) -> No
             expected = gpu.model.run({"x": rows(2, answer[0])})["y"]
             np.testing.assert_allclose(answer[1], expected, rtol=1e-6, atol=1e-6)
     # An input and an output each, and what contexts share.
-    assert gpu.memory.allocations == MAX_IDLE_LANES * (2 + cuda_graphs)
+    assert gpu.memory.allocations == MAX_IDLE_LANES * 3
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
@@ -189,7 +191,7 @@ def test_inputs_without_axes(cuda_graphs: bool, tmp_path: Path) -> None:
     )
     opsets = [onnx.helper.make_opsetid("", 20)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "m.onnx")
-    profiles = {"x": Profile((1, 3), (1, 3), (4, 3)), "scale": Profile((), (), ())}
+    profiles = [{"x": ShapeRange((1, 3), (1, 3), (4, 3)), "scale": ShapeRange((), (), ())}]
     with engine_on_gpu(tmp_path / "m.engine", tmp_path / "m.onnx", profiles, "tensorrt") as gpu:
         runner = lmkan_deploy.load_runner(gpu.path, cuda_graphs=cuda_graphs)
         x = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -246,13 +248,80 @@ def test_padded_batches(cuda_graphs: bool, gpu: SimpleNamespace, monkeypatch: py
 
 def test_batches_below_the_profile_are_padded(gpu: SimpleNamespace) -> None:
     manifest = json.loads(manifest_path(gpu.path).read_text())
-    manifest["profiles"]["x"]["smallest"] = [5, 10]
+    manifest["profiles"][0]["x"]["smallest"] = [5, 10]
     manifest_path(gpu.path).write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="expected batches of 5 to 64 rows"):
         EngineRunner(gpu.path).run({"x": rows(3)})
     runner = EngineRunner(gpu.path, pad_batches=True)
     assert runner.batch_sizes == (5, *PADDED_SIZES[4:])
     check(runner, gpu.model, rows(3), rtol=1e-5)
+
+
+SMALL, MIDDLE, LARGE = 0, 1, 2
+PROFILES: list[Profile] = [
+    {"x": ShapeRange((1, 10), (1, 10), (4, 10))},
+    {"x": ShapeRange((3, 10), (16, 10), (20, 10))},
+    {"x": ShapeRange((32, 10), (64, 10), (64, 10))},
+]
+
+
+@pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
+def three(request: pytest.FixtureRequest, stack: ExportedStack, tmp_path: Path) -> Iterator[SimpleNamespace]:
+    """A GPU with an engine of three profiles."""
+    with engine_on_gpu(tmp_path / "m.engine", stack.onnx, [*PROFILES], request.param) as found:
+        yield found
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_several_profiles(cuda_graphs: bool, three: SimpleNamespace) -> None:
+    runner = lmkan_deploy.load_runner(three.path, cuda_graphs=cuda_graphs)
+    ran = {
+        1: [(SMALL, 1)],
+        3: [(SMALL, 3)],
+        4: [(SMALL, 4)],  # as near to both: the first one
+        5: [(MIDDLE, 5)],
+        40: [(LARGE, 40)],
+        65: [(LARGE, 32), (LARGE, 33)],
+        130: [(LARGE, 43), (LARGE, 43), (LARGE, 44)],
+        30: [(MIDDLE, 15), (MIDDLE, 15)],
+        0: [],
+    }
+    for rows_of_call, parts in ran.items():
+        three.trt.runs.clear()
+        check(runner, three.model, rows(rows_of_call))
+        if not cuda_graphs:
+            assert sorted(three.trt.runs) == sorted(parts), rows_of_call
+        assert set(three.trt.runs) <= set(parts)
+    if not cuda_graphs:
+        assert len(three.trt.contexts) == len(PROFILES)
+        # The input, the output, and what all contexts share.
+        assert three.memory.allocations == 3
+    tensor = on_device(three, rows(40, 1))
+    three.trt.runs.clear()
+    y = EngineRunner(three.path, cuda_graphs=cuda_graphs).run_on_device({"x": tensor})["y"]
+    assert {profile for profile, _ in three.trt.runs} == {LARGE}
+    found = three.trt.read(y.__cuda_array_interface__["data"][0], y.shape, y.dtype)
+    np.testing.assert_array_equal(found, three.model.run({"x": rows(40, 1)})["y"])
+    with pytest.raises(InputError, match="expected 1 to 4 or 3 to 20 or 32 to 64 rows on the GPU, found 21"):
+        EngineRunner(three.path).run_on_device({"x": on_device(three, rows(21))})
+
+
+def test_padding_with_several_profiles(three: SimpleNamespace) -> None:
+    runner = EngineRunner(three.path, cuda_graphs=True, pad_batches=True)
+    assert runner.batch_sizes == (1, 2, 3, 4, 6, 8, 12, 16, 20, 32, 48, 64)
+    for count in (1, 5, 19, 21, 33, 65, 130):
+        check(runner, three.model, rows(count), rtol=1e-5)
+    assert (LARGE, 32) in three.trt.runs  # 21 rows
+    assert (MIDDLE, 6) in three.trt.runs
+
+
+def test_a_profile_that_tensorrt_refuses(three: SimpleNamespace) -> None:
+    runner = EngineRunner(three.path)
+    del three.trt.profiles[LARGE]
+    check(runner, three.model, rows(2))
+    with pytest.raises(EngineError, match="TensorRT refused profile 2"):
+        runner.run({"x": rows(64)})
+    check(runner, three.model, rows(2))
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
@@ -543,7 +612,8 @@ def test_nvidias_bindings_take_the_calls(tmp_path: Path) -> None:
 def test_on_a_gpu(runtime: Any, cuda_graphs: bool, stack: ExportedStack, tmp_path: Path) -> None:
     pytest.importorskip(runtime.replace("-", "_"))
     pytest.importorskip("pycuda")
-    build_engine(stack.onnx, tmp_path / "m.engine", runtime=runtime, shapes=["x:1x10,8x10,64x10"])
+    shapes = ["x:1x10,1x10,16x10", "x:2x10,32x10,64x10"]
+    build_engine(stack.onnx, tmp_path / "m.engine", runtime=runtime, shapes=shapes)
     runner = lmkan_deploy.load_runner(tmp_path / "m.engine", cuda_graphs=cuda_graphs)
     model = lmkan_deploy.load_runner(stack.onnx)
     for seed, count in enumerate([7, 64, 1, 7, 7, 63, 65, 200, 64, 0, 1]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from lmkan_deploy.engines.batches import Part, padded_sizes, split_batch
 from lmkan_deploy.engines.build import build_engine
 from lmkan_deploy.engines.device import compute_capability
 from lmkan_deploy.engines.manifest import Manifest, check_manifest, manifest_path, read_manifest
-from lmkan_deploy.engines.profiles import Profile, make_profiles
+from lmkan_deploy.engines.profiles import Profile, ShapeRange, make_profiles, nearest_profile
 from lmkan_deploy.errors import EngineError, InputError, LibraryError, ModelError
 from lmkan_deploy.runtime.tensors import TensorSpec
 from lmkan_deploy.staging import file_sha256
@@ -26,10 +27,39 @@ SPECS = [TensorSpec("x", ("batch", 12), "float32"), TensorSpec("mask", ("batch",
 
 
 def test_profiles() -> None:
-    profiles = make_profiles(SPECS, ["mask:1x2x3,4x5x3,6x7x3"])
-    assert profiles["mask"] == Profile((1, 2, 3), (4, 5, 3), (6, 7, 3))
-    assert profiles["x"] == Profile((1, 12), (64, 12), (1024, 12))
-    assert make_profiles(SPECS, ["x:8x12"])["x"] == Profile((8, 12), (8, 12), (8, 12))
+    [profile] = make_profiles(SPECS, ["mask:1x2x3,4x5x3,6x7x3"])
+    assert profile["mask"] == ShapeRange((1, 2, 3), (4, 5, 3), (6, 7, 3))
+    assert profile["x"] == ShapeRange((1, 12), (64, 12), (1024, 12))
+    [profile] = make_profiles(SPECS, ["x:8x12"])
+    assert profile["x"] == ShapeRange((8, 12), (8, 12), (8, 12))
+
+
+def test_several_profiles() -> None:
+    texts = ["x:1x12", "mask:1x1x3,8x8x3,512x8x3", "x:2x12,64x12,100x12", "x:101x12,512x12,512x12"]
+    mask = ShapeRange((1, 1, 3), (8, 8, 3), (512, 8, 3))
+    assert make_profiles(SPECS, texts) == [
+        {"x": ShapeRange((1, 12), (1, 12), (1, 12)), "mask": mask},
+        {"x": ShapeRange((2, 12), (64, 12), (100, 12)), "mask": mask},
+        {"x": ShapeRange((101, 12), (512, 12), (512, 12)), "mask": mask},
+    ]
+    with pytest.raises(
+        EngineError, match="shapes of input mask once, or for each of the 3 .* found them 2 times"
+    ):
+        make_profiles(SPECS, [*texts, "mask:1x1x3"])
+    with pytest.raises(
+        EngineError, match="share sizes of axis 'batch', found 1 to 16 for x and 17 to 18 for mask"
+    ):
+        make_profiles(SPECS, ["x:1x12,2x12,16x12", "mask:17x1x3,18x1x3,18x1x3"])
+
+
+def test_the_nearest_profile() -> None:
+    profiles = [*enumerate(make_profiles(SPECS[:1], ["x:1x12,1x12,512x12", "x:1x12,1024x12,2048x12"]))]
+
+    def nearest(rows: int) -> int | None:
+        return nearest_profile(profiles, {"x": (rows, 12)})
+
+    assert [nearest(rows) for rows in (1, 31, 32, 33, 100, 600)] == [0, 0, 0, 1, 1, 1]
+    assert nearest(2049) is None
 
 
 @pytest.mark.parametrize(
@@ -52,11 +82,6 @@ def test_profiles() -> None:
 def test_bad_profiles(text: str, message: str) -> None:
     with pytest.raises(EngineError, match=message):
         make_profiles(SPECS, [text])
-
-
-def test_profiles_are_given_once() -> None:
-    with pytest.raises(EngineError, match="shapes of input x once"):
-        make_profiles(SPECS, ["x:1x12", "x:2x12"])
 
 
 # --- Builds ------------------------------------------------------------------------------------------
@@ -146,7 +171,8 @@ def engine(tmp_path: Path) -> tuple[Path, Manifest, Path]:
         model="m.onnx",
         model_sha256="0" * 64,
         engine_sha256=file_sha256(path),
-        profiles={"x": Profile((1, 12), (64, 12), (1024, 12))},
+        profiles=[{"x": ShapeRange((1, 12), (64, 12), (1024, 12))}],
+        axes={"x": ("batch", 12), "y": ("batch", None)},
         lookup_layers=3,
     )
     manifest_path(path).write_text(json.dumps(manifest.to_json()))
@@ -193,10 +219,10 @@ def test_damaged_engines_and_other_plugins(engine: tuple[Path, Manifest, Path]) 
         check_manifest(path, manifest, runtime_version="10.14.1", compute_capability="9.0", plugin=plugin)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 1, "profiles": {}}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1}', '{"format": 2, "profiles": {}}'])
 def test_damaged_manifests(content: str, engine: tuple[Path, Manifest, Path]) -> None:
     manifest_path(engine[0]).write_text(content)
-    with pytest.raises(EngineError, match="expected (the manifest of an engine|a manifest of format 1)"):
+    with pytest.raises(EngineError, match="expected (the manifest of an engine|a manifest of format 2)"):
         read_manifest(engine[0])
 
 
@@ -222,7 +248,12 @@ def test_command_line(stack: ExportedStack, tmp_path: Path) -> None:
     result = build("--runtime", "tensorrt-rtx", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["lookup_layers"] == 2
-    assert "tensorrt-rtx" in build("--runtime", "tensorrt-rtx").stdout
+    one = (tmp_path / "m.engine").stat().st_size
+    two = build("--runtime", "tensorrt-rtx", "--shapes", "x:1x10", "--shapes", "x:2x10,64x10,512x10").stdout
+    assert re.search("runtime +tensorrt-rtx", two)
+    assert re.search("profile 0, input x +1x10 to 1x10, tuned for 1x10", two)
+    assert re.search("profile 1, input x +2x10 to 512x10, tuned for 64x10", two)
+    assert (tmp_path / "m.engine").stat().st_size > 1.3 * one, "an engine has kernels for each profile"
     wrong = build("--runtime", "tensorrt-rtx", "--shapes", "x:1x1")
     assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
 
@@ -250,9 +281,13 @@ BATCH = [TensorSpec("x", ("batch", 12), "float32")]
 OUTPUT = [TensorSpec("y", ("batch", 1), "float32")]
 
 
+def row_profiles(*ranges: tuple[int, int, int]) -> list[Profile]:
+    return [{"x": ShapeRange(*((rows, 12) for rows in sizes))} for sizes in ranges]
+
+
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 100])
 def test_batches_are_split(rows: int) -> None:
-    profiles = {"x": Profile((1, 12), (8, 12), (16, 12))}
+    profiles = row_profiles((1, 8, 16))
     parts = [part.rows for part in split_batch(BATCH, OUTPUT, profiles, {"x": (rows, 12)})]
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(rows))
     assert len(parts) == -(-rows // 16)
@@ -272,13 +307,21 @@ def test_batches_are_split(rows: int) -> None:
     ],
 )
 def test_padded_sizes(least: int, most: int, count: int, sizes: tuple[int, ...]) -> None:
-    assert padded_sizes(BATCH, {"x": Profile((least, 12), (least, 12), (most, 12))}, count) == sizes
+    assert padded_sizes(BATCH, row_profiles((least, least, most)), count) == sizes
+
+
+def test_padded_sizes_of_several_profiles() -> None:
+    profiles = row_profiles((1, 1, 1), (10, 16, 40), (33, 50, 50))
+    assert padded_sizes(BATCH, profiles, 32) == (1, 10, 12, 16, 24, 32, 33, 40, 48, 50)
+    assert padded_sizes(BATCH, profiles, 7) == (1, 10, 16, 32, 33, 40, 50)
+    found = list(split_batch(BATCH, OUTPUT, profiles, {"x": (52, 12)}, (1, 10, 50)))
+    assert found == [Part(slice(0, 50), 2), Part(slice(50, 52), 1, 10)]
 
 
 def test_batches_are_padded() -> None:
-    profiles = {"x": Profile((1, 12), (1, 12), (16, 12))}
+    profiles = row_profiles((1, 1, 16))
     found = list(split_batch(BATCH, OUTPUT, profiles, {"x": (37, 12)}, (4, 8, 16)))
-    assert found == [Part(slice(0, 16)), Part(slice(16, 32)), Part(slice(32, 37), 8)]
+    assert found == [Part(slice(0, 16)), Part(slice(16, 32)), Part(slice(32, 37), padded_to=8)]
     assert list(split_batch(BATCH, OUTPUT, profiles, {"x": (0, 12)}, (4, 16))) == []
     # Rows that depend on each other run as they are.
     whole = [TensorSpec("y", (1,), "float32")]
@@ -286,10 +329,56 @@ def test_batches_are_padded() -> None:
 
 
 def test_batches_that_cannot_be_split() -> None:
-    profiles = {"x": Profile((4, 12), (8, 12), (16, 12))}
-    assert list(split_batch(BATCH, OUTPUT, {"x": Profile((1, 12), (1, 12), (2, 12))}, {"x": (0, 12)})) == []
+    profiles = row_profiles((4, 8, 16))
+    assert list(split_batch(BATCH, OUTPUT, row_profiles((1, 1, 2)), {"x": (0, 12)})) == []
     with pytest.raises(InputError, match="expected batches of 4 to 16 rows .* found 3"):
         list(split_batch(BATCH, OUTPUT, profiles, {"x": (3, 12)}))
     with pytest.raises(InputError, match="shape from 4x12 to 16x12, found 17x12"):
         # The output has no batch to put together again.
         list(split_batch(BATCH, [TensorSpec("y", (1,), "float32")], profiles, {"x": (17, 12)}))
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        (1, [(0, 1)]),
+        (5, [(0, 5)]),
+        (39, [(0, 20), (0, 19)]),  # no profile takes it at once
+        (40, [(1, 40)]),
+        (64, [(1, 64)]),
+        (65, [(1, 64), (0, 1)]),  # too few rows for two of the second profile
+        (81, [(1, 40), (1, 41)]),
+        (150, [(1, 50)] * 3),
+    ],
+)
+def test_batches_are_split_among_profiles(rows: int, parts: list[tuple[int, int]]) -> None:
+    profiles = row_profiles((1, 4, 20), (40, 64, 64))
+    found = list(split_batch(BATCH, OUTPUT, profiles, {"x": (rows, 12)}))
+    sizes = [(part.profile, part.rows.stop - part.rows.start) for part in found]
+    assert sorted(sizes) == sorted(parts)
+    assert [row for part in found for row in range(part.rows.start, part.rows.stop)] == list(range(rows))
+
+
+def test_profiles_differ_in_other_axes_too() -> None:
+    specs = [TensorSpec("x", ("batch", "time"), "float32"), TensorSpec("m", ("batch",), "float32")]
+    output = [TensorSpec("y", ("batch", 1), "float32")]
+    profiles = make_profiles(specs, ["x:1x1,8x8,64x16", "x:1x17,1x32,4x64", "m:1,8,64"])
+
+    def split(x: tuple[int, int]) -> list[Part]:
+        return list(split_batch(specs, output, profiles, {"x": x, "m": x[:1]}))
+
+    assert split((64, 16)) == [Part(slice(0, 64), 0)]
+    assert split((7, 17)) == [Part(slice(0, 3), 1), Part(slice(3, 7), 1)]
+    with pytest.raises(
+        InputError, match="input x of a shape from 1x1 to 64x16 or from 1x17 to 4x64, found 7x65"
+    ):
+        split((7, 65))
+    fixed = make_profiles(specs, ["x:2x8", "x:4x8", "m:1,2,4"])
+    whole = [TensorSpec("y", (1,), "float32")]
+    assert list(split_batch(specs, whole, fixed, {"x": (4, 8), "m": (4,)})) == [Part(slice(None), 1)]
+    apart = [
+        {"x": fixed[0]["x"], "m": ShapeRange((4,), (4,), (4,))},
+        fixed[1] | {"m": ShapeRange((2,), (2,), (2,))},
+    ]
+    with pytest.raises(InputError, match="one profile of the engine allows together, found x 4x8, m 4"):
+        list(split_batch(specs, whole, apart, {"x": (4, 8), "m": (4,)}))

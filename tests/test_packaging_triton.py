@@ -27,7 +27,7 @@ from tritonclient.grpc import model_config_pb2
 
 import lmkan_deploy
 from lmkan_deploy.engines.manifest import Manifest, manifest_path
-from lmkan_deploy.engines.profiles import Profile
+from lmkan_deploy.engines.profiles import ShapeRange
 from lmkan_deploy.errors import LmkanError
 from lmkan_deploy.packaging import PackageError, package_model
 from lmkan_deploy.packaging.source import LIBRARY
@@ -161,7 +161,8 @@ def make_engine(folder: Path, model: Path, plugin: Path | None, **changes: Any) 
             "model": model.name,
             "model_sha256": file_sha256(model),
             "engine_sha256": file_sha256(engine),
-            "profiles": {"x": Profile((1, 10), (64, 10), (512, 10))},
+            "profiles": [{"x": ShapeRange((1, 10), (64, 10), (512, 10))}],
+            "axes": {"x": ("batch", 10), "y": ("batch", 7)},
             "lookup_layers": 2,
             **changes,
         }
@@ -202,8 +203,8 @@ def test_triton_repository_of_an_engine(stack: ExportedStack, tmp_path: Path, pl
 
 
 def test_an_engine_without_plugin(stack: ExportedStack, tmp_path: Path) -> None:
-    fixed = {"x": Profile((8, 10), (8, 10), (8, 10))}
-    engine = make_engine(tmp_path / "e", stack.onnx, None, profiles=fixed)
+    fixed = {"x": ShapeRange((8, 10), (8, 10), (8, 10))}
+    engine = make_engine(tmp_path / "e", stack.onnx, None, profiles=[fixed])
     for options in ({"plugin": tmp_path / "plugin.so"}, {"threads": 2}):
         [option] = options
         with pytest.raises(PackageError, match=f"with --{option}, found .*net.engine.*; leave it out"):
@@ -212,6 +213,27 @@ def test_an_engine_without_plugin(stack: ExportedStack, tmp_path: Path) -> None:
     assert config_of(tmp_path / "r" / "net").max_batch_size == 0
     assert result.start == ["tritonserver --model-repository=."]
     assert not list((tmp_path / "r").rglob("*.so"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "max_batch"),
+    [
+        ([(1, 16), (17, 512)], 512),
+        ([(8, 512), (1, 8)], 512),
+        ([(1, 16), (32, 512)], 16),  # no profile takes 17 rows
+        ([(2, 16), (16, 512)], 0),
+        ([(1, 16), (1, 2000)], 1024),  # the user's limit, by default
+    ],
+)
+def test_an_engine_with_several_profiles(
+    rows: list[tuple[int, int]], max_batch: int, stack: ExportedStack, tmp_path: Path
+) -> None:
+    profiles = [{"x": ShapeRange((low, 10), (high, 10), (high, 10))} for low, high in rows]
+    engine = make_engine(tmp_path / "e", stack.onnx, None, profiles=profiles)
+    package_model(engine, tmp_path / "r")
+    config = config_of(tmp_path / "r" / "net")
+    assert config.max_batch_size == max_batch
+    assert list(config.instance_group[0].profile) == ["0", "1"]
 
 
 def test_engines_that_triton_could_not_run_are_refused(

@@ -38,7 +38,8 @@ def build(
             "--shapes",
             metavar="NAME:MIN,OPT,MAX",
             help="Smallest, typical and largest shape of an input, such as x:1x12,64x12,1024x12. Once for each "
-            "input. Default: 1, 64 and 1024 for free axes.",
+            "input; given again for an input, it begins another optimization profile. Default: 1, 64 and 1024 "
+            "for free axes.",
         ),
     ] = None,
     timing_cache: Annotated[
@@ -57,11 +58,13 @@ def build(
     """Build a TensorRT engine from an exported model.
 
     Types are those of the model. The engine fits the release of TensorRT and the GPU that it was built with;
-    its manifest says which.
+    its manifest says which. A batch runs with the profile whose typical shape is nearest.
 
     Examples:
 
         lmkan-deploy build m.onnx -o m.engine --shapes x:1x12,64x12,4096x12
+
+        lmkan-deploy build m.onnx -o m.engine --shapes x:1x12,1x12,16x12 --shapes x:17x12,1024x12,4096x12
 
         lmkan-deploy build m.onnx -o m.engine --runtime tensorrt-rtx
     """

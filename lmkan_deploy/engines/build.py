@@ -66,7 +66,8 @@ def build_engine(
     source = load_model(Path(model))
     if path.exists() and path.samefile(model):
         raise EngineError(f"expected an output other than the model itself, found {path}; pass -o")
-    profiles = make_profiles([_spec(value) for value in source.graph.inputs], shapes)
+    inputs = [_spec(value) for value in source.graph.inputs]
+    profiles = make_profiles(inputs, shapes)
     log = make_log(trt)
     library = find_plugin(trt, plugin) if runtime == "tensorrt" else None
     if library is not None:
@@ -85,7 +86,8 @@ def build_engine(
     if library is not None:
         _require_plugins(trt, network, layers)
     config = builder.create_builder_config()
-    config.add_optimization_profile(_profile(builder, profiles))
+    for profile in profiles:
+        config.add_optimization_profile(_to_tensorrt(builder, profile))
     config.progress_monitor = monitor = _make_monitor(trt, progress)
     with _timing_cache(config, runtime, timing_cache):
         serialized = builder.build_serialized_network(network, config)
@@ -93,6 +95,7 @@ def build_engine(
         raise monitor.error
     if serialized is None:
         raise EngineError(f"{runtime} could not build an engine from {model}: {last_errors(log)}")
+    ends = (*source.graph.inputs, *source.graph.outputs)
     with staging_folder(path) as folder, reported(path):
         staged = folder / path.name
         staged.write_bytes(memoryview(serialized))
@@ -106,6 +109,7 @@ def build_engine(
             model_sha256=file_sha256(Path(model)),
             engine_sha256=file_sha256(staged),
             profiles=profiles,
+            axes={str(value.name): _axes(value.shape) for value in ends if value.shape is not None},
             lookup_layers=layers,
         )
         description = folder / manifest_path(path).name
@@ -123,8 +127,11 @@ def _describe(error: Any) -> str:
 def _spec(value: ir.Value) -> TensorSpec:
     if value.shape is None or value.dtype is None:
         raise EngineError(f"expected an input of known rank and type, found {value.name} without")
-    shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
-    return TensorSpec(str(value.name), shape, dtype_name(value.dtype))
+    return TensorSpec(str(value.name), _axes(value.shape), dtype_name(value.dtype))
+
+
+def _axes(shape: ir.Shape) -> tuple[int | str | None, ...]:
+    return tuple(size if isinstance(size, int) else size.value for size in shape)
 
 
 def _prepare(model: ir.Model, *, with_functions: bool) -> None:
@@ -156,10 +163,10 @@ def _require_plugins(trt: Any, network: Any, expected: int) -> None:
         )
 
 
-def _profile(builder: Any, profiles: dict[str, Profile]) -> Any:
+def _to_tensorrt(builder: Any, profile: Profile) -> Any:
     result = builder.create_optimization_profile()
-    for name, profile in profiles.items():
-        result.set_shape(name, profile.smallest, profile.typical, profile.largest)
+    for name, shapes in profile.items():
+        result.set_shape(name, shapes.smallest, shapes.typical, shapes.largest)
     return result
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lmkan_deploy.engines.batches import Part
 from lmkan_deploy.engines.cuda_graph import CudaGraph
 from lmkan_deploy.engines.gpu import DeviceMemory, Gpu, OnGpu
 from lmkan_deploy.engines.tensorrt_api import EngineRuntime, last_errors
@@ -47,6 +48,14 @@ class DeviceArray:
 
 
 @dataclass(frozen=True)
+class Workspace:
+    """Memory for what a network computes on its way."""
+
+    memory: DeviceMemory
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
 class LoadedEngine:
     """An engine and what runs it.
 
@@ -68,12 +77,36 @@ class LoadedEngine:
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
 
-    def new_context(self, *options: Any) -> OnGpu[Any]:
-        """An execution context."""
-        context = self.engine.value.create_execution_context(*options)
-        if context is None:
+    def new_workspace(self) -> Workspace:
+        """Memory for contexts that run one after the other, whatever their profiles."""
+        size = self.engine.value.device_memory_size_v2
+        return Workspace(self.gpu.allocate(size), size)
+
+    def new_context(
+        self, profile: int, workspace: Workspace, stream: OnGpu[Any], *, captures_itself: bool = False
+    ) -> OnGpu[Any]:
+        """An execution context for a profile.
+
+        Args:
+            profile: Number of the profile.
+            workspace: What the context works in; it must outlive the context's runs.
+            stream: Where it will run.
+            captures_itself: Whether TensorRT-RTX is to make and launch its CUDA graphs.
+        """
+        managed = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        options = managed
+        if captures_itself:
+            options = self.engine.value.create_runtime_config()
+            options.set_execution_context_allocation_strategy(managed)
+            options.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        created = self.engine.value.create_execution_context(options)
+        if created is None:
             raise EngineError(f"TensorRT could not make an execution context: {last_errors(self.log)}")
-        return OnGpu(self.gpu, context)
+        context = OnGpu(self.gpu, created)
+        if not context.value.set_optimization_profile_async(profile, stream.value.handle):
+            raise EngineError(f"TensorRT refused profile {profile}: {last_errors(self.log)}")
+        context.value.set_device_memory(int(workspace.memory), workspace.size)
+        return context
 
     def input_sizes(self, shapes: Shapes) -> dict[str, int]:
         """Bytes of each input."""
@@ -146,31 +179,39 @@ class LoadedEngine:
 
 
 class Lane:
-    """Runs an engine with one context, whatever the shapes.
+    """Runs an engine with one context for each profile, whatever the shapes.
 
-    Call it from one thread at a time, with the GPU current. The calls fit the engine's profile.
+    Call it from one thread at a time, with the GPU current. The calls fit the profiles they name.
     """
 
     def __init__(self, loaded: LoadedEngine) -> None:
         self._loaded = loaded
         self._stream = loaded.gpu.new_stream()
+        self._workspace = loaded.new_workspace()
         self._memory: dict[str, tuple[int, DeviceMemory]] = {}  # tensor -> bytes, allocation
-        self._context = loaded.new_context()
+        self._contexts: dict[int, OnGpu[Any]] = {}
 
-    def run(self, feeds: Arrays, padded_to: int | None = None) -> Arrays:
-        """From host memory to host memory."""
-        shapes = _shapes(feeds, padded_to)
+    def run(self, feeds: Arrays, part: Part) -> Arrays:
+        """From host memory to host memory.
+
+        Args:
+            feeds: The part's rows.
+            part: How they are to run.
+        """
+        shapes = _shapes(feeds, part.padded_to)
         addresses = {}
         for name, size in self._loaded.input_sizes(shapes).items():
             memory = self._held(name, size)
             self._loaded.upload(feeds[name], memory, size, self._stream)
             addresses[name] = int(memory)
-        results = self._enqueue(shapes, addresses, self._held)
-        return self._loaded.download(results, feeds, padded_to, self._stream)
+        results = self._enqueue(part.profile, shapes, addresses, self._held)
+        return self._loaded.download(results, feeds, part.padded_to, self._stream)
 
-    def run_on_device(self, shapes: Shapes, addresses: Mapping[str, int]) -> dict[str, DeviceArray]:
+    def run_on_device(
+        self, shapes: Shapes, addresses: Mapping[str, int], profile: int
+    ) -> dict[str, DeviceArray]:
         """From device memory to new device memory; waits until the outputs are complete."""
-        results = self._enqueue(shapes, addresses, lambda _, size: self._loaded.gpu.allocate(size))
+        results = self._enqueue(profile, shapes, addresses, lambda _, size: self._loaded.gpu.allocate(size))
         self._stream.value.synchronize()
         return results
 
@@ -186,11 +227,19 @@ class Lane:
             self._memory.clear()
 
     def _enqueue(
-        self, shapes: Shapes, addresses: Mapping[str, int], allocate: Callable[[str, int], DeviceMemory]
+        self,
+        profile: int,
+        shapes: Shapes,
+        addresses: Mapping[str, int],
+        allocate: Callable[[str, int], DeviceMemory],
     ) -> dict[str, DeviceArray]:
-        self._loaded.set_inputs(self._context, shapes, addresses)
-        results = self._loaded.set_outputs(self._context, allocate)
-        self._loaded.enqueue(self._context, self._stream)
+        context = self._contexts.get(profile)
+        if context is None:
+            context = self._loaded.new_context(profile, self._workspace, self._stream)
+            self._contexts[profile] = context
+        self._loaded.set_inputs(context, shapes, addresses)
+        results = self._loaded.set_outputs(context, allocate)
+        self._loaded.enqueue(context, self._stream)
         return results
 
     def _held(self, name: str, size: int) -> DeviceMemory:
@@ -210,22 +259,23 @@ class GraphLane:
     def __init__(self, loaded: LoadedEngine) -> None:
         self._loaded = loaded
         self._stream = loaded.gpu.new_stream()
-        self._workspace_size = loaded.engine.value.device_memory_size_v2
-        self._workspace = loaded.gpu.allocate(self._workspace_size)
+        self._workspace = loaded.new_workspace()
         self._calls: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], _Call] = OrderedDict()
 
-    def run(self, feeds: Arrays, padded_to: int | None = None) -> Arrays:
-        """From host memory to host memory."""
-        call = self._call(_shapes(feeds, padded_to))
+    def run(self, feeds: Arrays, part: Part) -> Arrays:
+        """See `Lane.run`."""
+        call = self._call(_shapes(feeds, part.padded_to), part.profile)
         for name, size in call.input_sizes.items():
             self._loaded.upload(feeds[name], call.inputs[name], size, self._stream)
         self._enqueue(call)
-        return self._loaded.download(call.outputs, feeds, padded_to, self._stream)
+        return self._loaded.download(call.outputs, feeds, part.padded_to, self._stream)
 
-    def run_on_device(self, shapes: Shapes, addresses: Mapping[str, int]) -> dict[str, DeviceArray]:
+    def run_on_device(
+        self, shapes: Shapes, addresses: Mapping[str, int], profile: int
+    ) -> dict[str, DeviceArray]:
         """From device memory to new device memory, copied there; waits until the outputs are complete."""
         gpu, stream = self._loaded.gpu, self._stream
-        call = self._call(shapes)
+        call = self._call(shapes, profile)
         for name, size in call.input_sizes.items():
             gpu.cuda.memcpy_dtod_async(int(call.inputs[name]), addresses[name], size, stream.value)
         self._enqueue(call)
@@ -249,29 +299,21 @@ class GraphLane:
         finally:
             self._calls.clear()
 
-    def _call(self, shapes: Shapes) -> _Call:
-        key = tuple(sorted(shapes.items()))
+    def _call(self, shapes: Shapes, profile: int) -> _Call:
+        key = tuple(sorted(shapes.items()))  # which has one profile
         call = self._calls.get(key)
         if call is None:
-            call = self._new_call(shapes)
+            call = self._new_call(shapes, profile)
             if len(self._calls) >= MAX_GRAPHS:
                 self._calls.popitem(last=False)
             self._calls[key] = call
         self._calls.move_to_end(key)
         return call
 
-    def _new_call(self, shapes: Shapes) -> _Call:
-        loaded, trt = self._loaded, self._loaded.trt
-        managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    def _new_call(self, shapes: Shapes, profile: int) -> _Call:
+        loaded = self._loaded
         captures_itself = loaded.runtime == "tensorrt-rtx"
-        if captures_itself:
-            config = loaded.engine.value.create_runtime_config()
-            config.set_execution_context_allocation_strategy(managed)
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            context = loaded.new_context(config)
-        else:
-            context = loaded.new_context(managed)
-        context.value.set_device_memory(int(self._workspace), self._workspace_size)
+        context = loaded.new_context(profile, self._workspace, self._stream, captures_itself=captures_itself)
         sizes = loaded.input_sizes(shapes)
         inputs = {name: loaded.gpu.allocate(size) for name, size in sizes.items()}
         loaded.set_inputs(context, shapes, {name: int(memory) for name, memory in inputs.items()})

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmkan_deploy.engines.profiles import Profile
+from lmkan_deploy.engines.profiles import Profile, ShapeRange
 from lmkan_deploy.errors import EngineError
 from lmkan_deploy.staging import file_sha256
 from lmkan_deploy.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file's format."""
 
 
@@ -35,7 +35,8 @@ class Manifest:
         model: Name of the ONNX file.
         model_sha256: Of that file.
         engine_sha256: Of the engine's file.
-        profiles: Input name -> shapes.
+        profiles: What it is tuned for; TensorRT knows them by their numbers.
+        axes: Name of an input or output -> its shape, names for free axes, which TensorRT does not keep.
         lookup_layers: Number of lookup layers.
         lmkan_deploy: Release that built it.
         format: See `FORMAT`.
@@ -49,7 +50,8 @@ class Manifest:
     model: str
     model_sha256: str
     engine_sha256: str
-    profiles: dict[str, Profile]
+    profiles: list[Profile]
+    axes: dict[str, tuple[int | str | None, ...]]
     lookup_layers: int
     lmkan_deploy: str = __version__
     format: int = field(default=FORMAT)
@@ -85,11 +87,12 @@ def read_manifest(engine: Path) -> Manifest:
                 f"expected a manifest of format {FORMAT}, found {content.get('format')} in {path}; build the "
                 "engine again with this release of lmkan-deploy"
             )
-        profiles = {
-            name: Profile(*(tuple(shape) for shape in profile.values()))
-            for name, profile in content.pop("profiles").items()
-        }
-        return Manifest(profiles=profiles, **content)
+        profiles: list[Profile] = [
+            {name: ShapeRange(*map(tuple, shapes.values())) for name, shapes in profile.items()}
+            for profile in content.pop("profiles")
+        ]
+        axes = {name: tuple(shape) for name, shape in content.pop("axes").items()}
+        return Manifest(profiles=profiles, axes=axes, **content)
     except (OSError, UnicodeDecodeError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise EngineError(f"expected the manifest of an engine, could not read {path}: {error}") from error
 

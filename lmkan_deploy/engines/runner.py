@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lmkan_deploy.engines.batches import Part, padded_sizes, split_batch
+from lmkan_deploy.engines.batches import Part, padded_sizes, row_range, split_batch
 from lmkan_deploy.engines.cuda_graph import import_driver
 from lmkan_deploy.engines.device import compute_capability
 from lmkan_deploy.engines.gpu import Gpu, OnGpu
@@ -94,7 +94,7 @@ class EngineRunner:
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
             is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
-            specs[is_input].append(_spec(engine, name))
+            specs[is_input].append(_spec(engine, name, manifest.axes.get(name)))
         self.inputs, self.outputs = specs[True], specs[False]
         self._profiles = manifest.profiles
         pads = pad_batches and rows_are_free(self.inputs, self.outputs)
@@ -104,14 +104,16 @@ class EngineRunner:
         self._idle_lanes: deque[Lane | GraphLane] = deque()  # whose append and pop need no lock
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
-        """See `Runner.run`. Batches beyond the profile's largest are split."""
+        """See `Runner.run`. Batches run with the profile whose typical shapes are nearest; those that no profile
+        takes at once are split.
+        """
         check_inputs(self.inputs, feeds)
         parts = self._parts({name: array.shape for name, array in feeds.items()}, self.batch_sizes)
         if not parts:
             return self._empty()
         with self._lane() as lane:
             results = [
-                lane.run({name: _rows(array, part.rows) for name, array in feeds.items()}, part.padded_to)
+                lane.run({name: _rows(array, part.rows) for name, array in feeds.items()}, part)
                 for part in parts
             ]
         if len(results) == 1:
@@ -124,7 +126,7 @@ class EngineRunner:
 
         Args:
             feeds: Every input by name: contiguous objects with `__cuda_array_interface__`, whose contents
-                are complete, of the engine's types and shapes within the profile.
+                are complete, of the engine's types and of shapes within one of its profiles.
 
         Returns:
             Every output by name, complete.
@@ -147,14 +149,15 @@ class EngineRunner:
                 raise InputError(f"expected input {spec}, found elements of type {interface['typestr']}")
             interfaces[spec.name] = interface
         shapes = {name: tuple(interface["shape"]) for name, interface in interfaces.items()}
-        if self._parts(shapes) != [Part(slice(None))]:
-            rows = {shape[0] for shape in shapes.values()}
-            most = min(self._profiles[name].largest[0] for name in shapes)
-            if max(rows) > most or 0 in rows:
-                raise InputError(f"expected 1 to {most} rows on the GPU, found {max(rows)}; split the batch")
+        parts = self._parts(shapes)
+        if len(parts) != 1:
+            ranges = [row_range(self.inputs, profile) for profile in self._profiles]
+            texts = " or ".join(f"{least} to {most}" for least, most in ranges)
+            rows = shapes[self.inputs[0].name][0]
+            raise InputError(f"expected {texts} rows on the GPU, found {rows}; split the batch")
         with self._lane() as lane:
             addresses = {name: interface["data"][0] for name, interface in interfaces.items()}
-            return lane.run_on_device(shapes, addresses)
+            return lane.run_on_device(shapes, addresses, parts[0].profile)
 
     def _parts(self, shapes: Mapping[str, tuple[int, ...]], sizes: Sequence[int] | None = None) -> list[Part]:
         return list(split_batch(self.inputs, self.outputs, self._profiles, shapes, sizes))
@@ -198,11 +201,13 @@ def _rows(array: NDArray[Any], rows: slice) -> NDArray[Any]:
     return np.ascontiguousarray(array[rows]) if array.ndim else array
 
 
-def _spec(engine: Any, name: str) -> TensorSpec:
+def _spec(engine: Any, name: str, axes: Sequence[int | str | None] | None) -> TensorSpec:
+    """What TensorRT says of a tensor, and what it does not keep: the names of free axes."""
     dtype = _DTYPES.get(engine.get_tensor_dtype(name).name, "unknown")
-    # TensorRT does not keep the names of free axes; the first one is the batch.
+    sizes = tuple(engine.get_tensor_shape(name))
+    names = axes if axes is not None and len(axes) == len(sizes) else [None] * len(sizes)
     shape = [
-        size if size >= 0 else "batch" if axis == 0 else None
-        for axis, size in enumerate(engine.get_tensor_shape(name))
+        size if size >= 0 else axis if isinstance(axis, str) else None
+        for size, axis in zip(sizes, names, strict=True)
     ]
     return TensorSpec(name, tuple(shape), dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from lmkan_deploy.engines.manifest import Manifest, manifest_path
@@ -97,6 +98,7 @@ def _write_engine(source: Source, manifest: Manifest, settings: Settings, folder
         'platform: "tensorrt_plan"',
         max_batch=_engine_batch(source, manifest, settings),
         gpu=True,
+        profiles=len(manifest.profiles),
     )
     (model / "config.pbtxt").write_text(config, encoding="utf-8")
     start = _start(settings, *options)
@@ -115,14 +117,23 @@ def _write_engine(source: Source, manifest: Manifest, settings: Settings, folder
 
 
 def _engine_batch(source: Source, manifest: Manifest, settings: Settings) -> int:
-    """Most rows that the profile and the user allow; 0 where requests can't be joined."""
-    profiles = list(manifest.profiles.values())
-    ranges = {(p.smallest[0], p.largest[0]) if p.smallest else (0, 0) for p in profiles}
-    if len(ranges) != 1 or (source.inputs and not source.joins):
+    """Most rows that the profiles and the user allow; 0 where requests can't be joined."""
+    if source.inputs and not source.joins:
         return 0
-    smallest, largest = next(iter(ranges))
-    # Triton may hand over any number of rows from 1 on.
-    return min(settings.max_batch, largest) if smallest == 1 and largest > 1 else 0
+    # Triton may hand over any number of rows from 1 on, in all inputs.
+    reach = 0
+    for smallest, largest in sorted(_row_ranges(manifest)):
+        if smallest <= reach + 1:
+            reach = max(reach, largest)
+    return min(settings.max_batch, reach) if reach > 1 else 0
+
+
+def _row_ranges(manifest: Manifest) -> Iterator[tuple[int, int]]:
+    """Fewest and most rows of each profile whose inputs all have the same."""
+    for profile in manifest.profiles:
+        ranges = {(p.smallest[0], p.largest[0]) if p.smallest else (0, 0) for p in profile.values()}
+        if len(ranges) == 1:
+            yield next(iter(ranges))
 
 
 def _copy_plugin(manifest: Manifest, settings: Settings, folder: Path) -> str:

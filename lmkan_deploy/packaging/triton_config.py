@@ -16,6 +16,7 @@ def triton_config(
     *,
     max_batch: int,
     gpu: bool = False,
+    profiles: int = 1,
     libraries: Sequence[str] = (),
     parameters: Sequence[tuple[str, str]] = (),
 ) -> str:
@@ -27,6 +28,7 @@ def triton_config(
         runs_with: The line that names the backend or the platform.
         max_batch: Most rows of one run; 0 where requests can't be joined.
         gpu: Whether it runs on the GPU.
+        profiles: Number of the engine's optimization profiles.
         libraries: Custom-op libraries to load.
         parameters: Of the backend.
 
@@ -47,7 +49,11 @@ def triton_config(
     if max_batch > 0:
         blocks.append(f"dynamic_batching {{\n  max_queue_delay_microseconds: {settings.max_delay_us}\n}}")
     kind = "KIND_GPU" if gpu else "KIND_CPU"
-    blocks.append(f"instance_group [\n  {{\n    kind: {kind}\n    count: 1\n  }}\n]")
+    group = [f"kind: {kind}", "count: 1"]
+    if profiles > 1:  # which Triton uses the first of, unless they are named
+        group.append(f"profile: [ {', '.join(quoted(str(number)) for number in range(profiles))} ]")
+    lines = "".join(f"    {line}\n" for line in group)
+    blocks.append(f"instance_group [\n  {{\n{lines}  }}\n]")
     if libraries:
         names = ", ".join(map(quoted, libraries))
         blocks.append(f"model_operations {{\n  op_library_filename: [ {names} ]\n}}")
