@@ -272,6 +272,8 @@ def verify(
     outputs: Mapping[str, NDArray[Any]] | None = None,
     reference_model: str | Path | None = None,
     runtimes: Sequence[RuntimeName] = ("onnxruntime", "onnxruntime-function"),
+    device: int = 0,
+    plugin: str | Path | None = None,
     cuda_graphs: bool = False,
     batch_sizes: Sequence[int] | None = None,
     seed: int = 0,
@@ -295,6 +297,8 @@ def verify(
         reference_model: Another ONNX file, such as the one with float32 tables. What each layer's narrow
             table costs is then measured as well.
         runtimes: What to compare.
+        device: See `load_runner`.
+        plugin: See `load_runner`.
         cuda_graphs: See `load_runner`.
         batch_sizes: Sizes of the free axes of random inputs.
         seed: Of the random inputs.
@@ -313,7 +317,16 @@ def verify(
         )
     # An engine has a runtime of its own.
     chosen: Sequence[RuntimeName] = ["onnxruntime"] if is_engine else runtimes
-    runners = [load_runner(model, name, cuda_graphs=cuda_graphs) for name in chosen]
+    runners = [
+        load_runner(
+            model,
+            name,
+            device=device if is_engine or name == "onnxruntime-cuda" else 0,
+            plugin=plugin,
+            cuda_graphs=cuda_graphs,
+        )
+        for name in chosen
+    ]
     given = {"given inputs": dict(inputs)} if inputs is not None else {}
     if outputs is not None:
         if inputs is None:
@@ -350,6 +363,8 @@ def run(
     *,
     runtime: RuntimeName = "onnxruntime",
     threads: int | None = None,
+    device: int = 0,
+    plugin: str | Path | None = None,
     cuda_graphs: bool = False,
 ) -> Arrays:
     """Loads a model and runs it once; keep a `load_runner` for more calls.
@@ -359,6 +374,8 @@ def run(
         feeds: Every input by name.
         runtime: See `load_runner`.
         threads: See `load_runner`.
+        device: See `load_runner`.
+        plugin: See `load_runner`.
         cuda_graphs: See `load_runner`.
 
     Returns:
@@ -367,7 +384,10 @@ def run(
     Raises:
         LmkanError: The model can't be loaded, or the arrays don't fit its inputs.
     """
-    return load_runner(model, runtime, threads=threads, cuda_graphs=cuda_graphs).run(feeds)
+    runner = load_runner(
+        model, runtime, threads=threads, device=device, plugin=plugin, cuda_graphs=cuda_graphs
+    )
+    return runner.run(feeds)
 
 
 def inspect(model: str | Path) -> ModelInfo:

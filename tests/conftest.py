@@ -55,8 +55,8 @@ def cuda_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ["-DLMKAN_BUILD_CUDA=ON", "-DLMKAN_BUILD_TENSORRT=ON", "-DLMKAN_BUILD_CUDA_TESTS=ON",
                "-DCMAKE_CUDA_ARCHITECTURES=90-real", "-DCMAKE_CUDA_FLAGS=-Xptxas=-v",
                f"-DPython3_EXECUTABLE={sys.executable}"]  # fmt: skip
-    targets = ["lmkan_cuda", "lmkan_onnxruntime_cuda", "lmkan_tensorrt", "lmkan_tensorrt_register",
-               "cuda_lookup_gpu"]  # fmt: skip
+    targets = ["lmkan_cpu", "lmkan_cuda", "lmkan_cuda_archive", "lmkan_onnxruntime", "lmkan_onnxruntime_cuda",
+               "lmkan_tensorrt", "lmkan_tensorrt_register", "cuda_lookup_gpu"]  # fmt: skip
     root = Path(__file__).parent.parent
     with (folder / "build.log").open("w") as log:
         for command in (["cmake", "-S", root, "-B", folder, "-G", "Ninja", *options],

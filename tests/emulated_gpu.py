@@ -21,9 +21,11 @@ import numpy as np
 import pytest
 
 import lmkan_deploy
+from lmkan_deploy.engines import plugin
 from lmkan_deploy.engines import runner as engine_runner
 from lmkan_deploy.engines.profiles import Profile
 from lmkan_deploy.runtime.tensors import numpy_dtype
+from lmkan_deploy.spec import DOMAIN, OP_TYPE
 
 Work = Callable[[], None]
 COMPUTE_CAPABILITY = "9.0"
@@ -116,7 +118,10 @@ class Stream:
 
 
 class Cuda(types.ModuleType):
-    """`pycuda.driver`, which has memory for `capacity` allocations. It fails once the file `lost` exists."""
+    """`pycuda.driver`, which has memory for `capacity` allocations. It fails once the file `lost` exists.
+
+    `waited` has the streams of others that were waited for, as `__cuda_array_interface__` names them.
+    """
 
     class Error(Exception):
         pass
@@ -129,6 +134,7 @@ class Cuda(types.ModuleType):
         self.memory = Memory()
         self.capacity: float = float("inf")
         self.lost = Path(os.environ.get("EMULATED_GPU_LOST", os.devnull + "/never"))
+        self.waited: list[int] = []
         self._current = threading.local()
         self.Stream = Stream
 
@@ -141,6 +147,10 @@ class Cuda(types.ModuleType):
 
         context = types.SimpleNamespace(push=lambda: set_current(1), pop=lambda: set_current(-1))
         return types.SimpleNamespace(retain_primary_context=lambda: context)
+
+    def Event(self) -> Any:  # noqa: N802
+        assert self._is_current(), "no context is current"
+        return types.SimpleNamespace(record=lambda: self.waited.append(1), synchronize=lambda: None)
 
     def mem_alloc(self, size: int) -> Allocation:
         assert self._is_current(), "no context is current"
@@ -194,6 +204,7 @@ class Driver(types.ModuleType):
         self.failing: set[str] = set()
         self.graphs: set[int] = set()
         self.launches = 0
+        self.waited: list[int] = []
         self._work: dict[int, list[Work]] = {}
 
     def _status(self, name: str) -> CUresult:
@@ -205,6 +216,10 @@ class Driver(types.ModuleType):
         self._work[handle] = work
         self.graphs.add(handle)
         return handle
+
+    def cuStreamSynchronize(self, stream: int) -> tuple[CUresult]:  # noqa: N802
+        self.waited.append(stream)
+        return (self._status("cuStreamSynchronize"),)
 
     def cuStreamBeginCapture(self, stream: int, mode: CUstreamCaptureMode) -> tuple[CUresult]:  # noqa: N802
         status = self._status("cuStreamBeginCapture")
@@ -240,6 +255,21 @@ class Driver(types.ModuleType):
         if captures():
             return (self.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
         return self.cuGraphDestroy(executable)
+
+
+class Registry:
+    """`IPluginRegistry`: refuses a library whose plugins it has."""
+
+    def __init__(self) -> None:
+        self.libraries: list[str] = []
+        self.all_creators: list[Any] = []
+
+    def load_library(self, path: str) -> object | None:
+        if self.all_creators:
+            return None
+        self.libraries.append(path)
+        self.all_creators.append(types.SimpleNamespace(name=OP_TYPE, plugin_namespace=DOMAIN))
+        return object()
 
 
 class Strategy(enum.Enum):
@@ -321,6 +351,7 @@ class Context:
         return self._trt.profiles[self._profile][name].allows(shape)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0
         self._addresses[name] = address
         self._changes += 1
         return name not in self._trt.unknown_tensors
@@ -368,6 +399,7 @@ class TensorRT(types.ModuleType):
     """`tensorrt`, or `tensorrt_rtx`.
 
     Attributes:
+        registry: Its plugins.
         contexts: The graph strategy of every execution context so far.
         runs: The profile and the rows of every run so far, but for launches of graphs.
         unknown_shapes: Outputs whose shapes the engine does not know.
@@ -384,6 +416,7 @@ class TensorRT(types.ModuleType):
     def __init__(self, name: str, cuda: Cuda, model: Path, profiles: Sequence[Profile]) -> None:
         super().__init__(name)
         self.cuda, self.model, self.profiles = cuda, lmkan_deploy.load_runner(model), profiles
+        self.registry = Registry()
         self.contexts: list[Any] = []
         self.runs: list[tuple[int | None, int]] = []
         self.unknown_shapes: set[str] = set()
@@ -392,6 +425,9 @@ class TensorRT(types.ModuleType):
 
     def Runtime(self, log: Any) -> Any:  # noqa: N802
         return types.SimpleNamespace(deserialize_cuda_engine=lambda _: Engine(self))
+
+    def get_plugin_registry(self) -> Registry:
+        return self.registry
 
     def read(self, address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         kind = numpy_dtype(dtype)
@@ -413,4 +449,5 @@ def emulated_gpu(runtime: str, model: Path, profiles: Sequence[Profile]) -> Any:
         for name, module in modules.items():
             patch.setitem(__import__("sys").modules, name, module)
         patch.setattr(engine_runner, "compute_capability", lambda _: COMPUTE_CAPABILITY)
+        patch.setattr(plugin, "_loaded", {})
         yield trt, driver

@@ -544,7 +544,7 @@ def test_the_range_of_opsets(stack: ExportedStack, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-@pytest.mark.parametrize("command", ["export", "optimize", "verify", "run", "inspect"])
+@pytest.mark.parametrize("command", ["export", "optimize", "verify", "run", "inspect", "build"])
 def test_examples_in_the_help_can_be_copied(command: str, columns: int) -> None:
     """Each is one line, whatever the width, and its options exist."""
     text = cli(command, "--help", env={**os.environ, "COLUMNS": str(columns)}).stdout

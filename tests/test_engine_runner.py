@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import lmkan_deploy
@@ -353,18 +354,129 @@ def on_device(gpu: SimpleNamespace, x: np.ndarray, **changes: Any) -> SimpleName
     return SimpleNamespace(memory=memory, __cuda_array_interface__=interface | changes)
 
 
+class NeedsGradient:
+    @property
+    def __cuda_array_interface__(self) -> None:
+        raise RuntimeError("use detach")  # as PyTorch does
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_inputs_that_others_are_writing(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
+    runner = EngineRunner(gpu.path, cuda_graphs=cuda_graphs)
+
+    absent = object()
+
+    def waited(stream: int | None = None, of_interface: object = absent) -> tuple[list[int], list[int]]:
+        gpu.trt.cuda.waited.clear()
+        gpu.driver.waited.clear()
+        changes = {} if of_interface is absent else {"stream": of_interface}
+        runner.run_on_device({"x": on_device(gpu, rows(3), **changes)}, stream)
+        return gpu.trt.cuda.waited, gpu.driver.waited
+
+    legacy = [1], []
+    assert waited() == legacy  # PyTorch's interface names no stream
+    assert waited(0) == legacy
+    assert waited(0x1234) == ([], [0x1234])
+    assert waited(0x1234, None) == ([], [0x1234])
+    assert waited(None, None) == ([], [])  # complete
+    assert waited(None, 1) == legacy
+    assert waited(None, 2) == ([], [2])  # the thread's default stream
+    assert waited(None, 0x1234) == ([], [0x1234])
+    gpu.driver.failing = {"cuStreamSynchronize"}
+    with pytest.raises(EngineError, match="to wait for stream 0x1234, but cuStreamSynchronize gave"):
+        runner.run_on_device({"x": on_device(gpu, rows(3))}, 0x1234)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_tensors_that_begin_anywhere(cuda_graphs: bool, gpu: SimpleNamespace) -> None:
+    runner = EngineRunner(gpu.path, cuda_graphs=cuda_graphs)
+    x = rows(5)
+    whole = on_device(gpu, x)
+    interface = whole.__cuda_array_interface__
+    tail = interface | {"shape": (4, 10), "data": (interface["data"][0] + x[0].nbytes, False)}
+    y = runner.run_on_device({"x": SimpleNamespace(__cuda_array_interface__=tail)})["y"]
+    found = gpu.trt.read(y.__cuda_array_interface__["data"][0], y.shape, y.dtype)
+    np.testing.assert_array_equal(found, gpu.model.run({"x": x[1:]})["y"])
+
+
 def test_bad_tensors_on_the_device(gpu: SimpleNamespace) -> None:
     runner = EngineRunner(gpu.path)
     for tensor, message in [
         (rows(3), "expected a tensor on the GPU for input x"),
         (on_device(gpu, rows(3), strides=(4, 12)), "expected a contiguous tensor"),
         (on_device(gpu, rows(3).astype(np.float64)), "found elements of type <f8"),
+        (on_device(gpu, rows(3).view(np.int32)), "found elements of type <i4"),
+        (torch.ones(3, 10, requires_grad=True), "expected a tensor on the GPU|without a gradient"),
+        (NeedsGradient(), "expected a tensor without a gradient .*: use detach"),
         (on_device(gpu, rows(3)[:, :9]), "found shape|from 1x10 to 64x10"),
         (on_device(gpu, rows(65)), "expected 1 to 64 rows on the GPU, found 65; split the batch"),
         (on_device(gpu, rows(0)), "expected 1 to 64 rows on the GPU, found 0"),
     ]:
         with pytest.raises(InputError, match=message):
             runner.run_on_device({"x": tensor})
+
+
+# --- The plugin ----------------------------------------------------------------------------------------
+
+
+def stand_in_plugin(path: Path, tensorrt: str = "10.14.1", more: bytes = b"") -> Path:
+    path.write_bytes(f"lmkan-deploy {lmkan_deploy.__version__} for TensorRT {tensorrt}\0".encode() + more)
+    return path
+
+
+def needs_plugin(engine: Path, plugin: Path) -> None:
+    content = json.loads(manifest_path(engine).read_text())
+    content["plugin_sha256"] = file_sha256(plugin)
+    manifest_path(engine).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("gpu", ["tensorrt"], indirect=True)
+def test_a_plugin_is_loaded_once(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    plugin = stand_in_plugin(tmp_path / "plugin.so")
+    needs_plugin(gpu.path, plugin)
+    for _ in range(3):  # TensorRT's registry would refuse a second time
+        check(lmkan_deploy.load_runner(gpu.path, plugin=plugin), gpu.model, rows(3))
+    copied = stand_in_plugin(tmp_path / "copied.so")
+    check(lmkan_deploy.load_runner(gpu.path, plugin=copied), gpu.model, rows(3))
+    assert gpu.trt.registry.libraries == [str(plugin)]
+    another = stand_in_plugin(tmp_path / "another.so", more=b"newer")
+    with pytest.raises(EngineError, match="expected the plugin library that .*m.engine was built with"):
+        lmkan_deploy.load_runner(gpu.path, plugin=another)
+    needs_plugin(gpu.path, another)
+    with pytest.raises(
+        EngineError, match="that this process has loaded, .*plugin.so .*; start another process"
+    ):
+        lmkan_deploy.load_runner(gpu.path, plugin=another)
+
+
+@pytest.mark.parametrize("gpu", ["tensorrt"], indirect=True)
+def test_plugins_that_cannot_be_loaded(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    newer = stand_in_plugin(tmp_path / "newer.so", "11.1.0")
+    needs_plugin(gpu.path, newer)
+    with pytest.raises(EngineError, match="for TensorRT 10.14.1, found .*newer.so for TensorRT 11.1.0; make"):
+        lmkan_deploy.load_runner(gpu.path, plugin=newer)
+    newer.write_bytes(b"other")
+    with pytest.raises(
+        LibraryError, match="expected a TensorRT plugin library of lmkan-deploy, found another"
+    ):
+        lmkan_deploy.load_runner(gpu.path, plugin=newer)
+    with pytest.raises(EngineError, match="expected a plugin library, found no file .*gone.so"):
+        lmkan_deploy.load_runner(gpu.path, plugin=tmp_path / "gone.so")
+    # Somebody else has loaded one, of which nothing is known.
+    gpu.trt.registry.load_library("foreign.so")
+    plugin = stand_in_plugin(tmp_path / "plugin.so")
+    needs_plugin(gpu.path, plugin)
+    with pytest.raises(EngineError, match="found one in this process that was loaded otherwise"):
+        lmkan_deploy.load_runner(gpu.path, plugin=plugin)
+
+
+def test_options_of_engines_are_refused_elsewhere(stack: ExportedStack) -> None:
+    with pytest.raises(ModelError, match="expected an engine with a plugin, found .*model.onnx"):
+        lmkan_deploy.load_runner(stack.onnx, plugin="plugin.so")
+    with pytest.raises(
+        ModelError, match="runtime onnxruntime-cuda with GPU 1, found .*onnx and onnxruntime;"
+    ):
+        lmkan_deploy.load_runner(stack.onnx, device=1)
 
 
 # --- Failures ----------------------------------------------------------------------------------------

@@ -138,8 +138,13 @@ def test_bad_calls(stack: ExportedStack, tmp_path: Path) -> None:
         build_engine(
             stack.onnx, tmp_path / "m.engine", runtime="tensorrt-rtx", timing_cache=tmp_path / "cache"
         )
+    with pytest.raises(EngineError, match=r"expected an output that ends in \.engine, .* found .*m\.plan"):
+        build_engine(stack.onnx, tmp_path / "m.plan", runtime="tensorrt-rtx")
+    misnamed = tmp_path / "m.engine"
+    misnamed.write_bytes(stack.onnx.read_bytes())
     with pytest.raises(EngineError, match="other than the model itself"):
-        build_engine(stack.onnx, stack.onnx, runtime="tensorrt-rtx")
+        build_engine(misnamed, misnamed, runtime="tensorrt-rtx")
+    misnamed.unlink()
     with pytest.raises(ModelError, match="found no file"):
         build_engine(tmp_path / "none.onnx", tmp_path / "m.engine", runtime="tensorrt-rtx")
     assert list(tmp_path.iterdir()) == []

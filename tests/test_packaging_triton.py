@@ -251,7 +251,7 @@ def test_engines_that_triton_could_not_run_are_refused(
         assert "\n" not in str(caught.value)
         assert not out.exists()
 
-    refused("expected the plugin library .* found none; pass --plugin")
+    refused("expected a TensorRT plugin library .* found none; .*, or pass --plugin")
     refused("found no file .*gone.so; pass --plugin", plugin=tmp_path / "gone.so")
     for format_name in ("triton-python", "kserve", "ray"):
         refused(f"expected an .onnx file for the format {format_name}", format=format_name)

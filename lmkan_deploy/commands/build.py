@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lmkan_deploy.commands.options import AsJson, Quiet
+from lmkan_deploy.commands.options import AsJson, Plugin, Quiet
 from lmkan_deploy.commands.terminal import print_json, show_progress
 
 
@@ -19,7 +19,7 @@ def build(
             "--output",
             "-o",
             metavar="OUTPUT",
-            help="Engine to write; its manifest is OUTPUT.json.",
+            help="Engine to write, such as m.engine; its manifest is OUTPUT.json.",
             show_default=False,
         ),
     ],
@@ -48,10 +48,7 @@ def build(
             "--timing-cache", metavar="FILE", help="Measured kernel timings, kept from build to build."
         ),
     ] = None,
-    plugin: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--plugin", metavar="FILE", help="Plugin library, where not the package's own."),
-    ] = None,
+    plugin: Plugin = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -63,8 +60,6 @@ def build(
     Examples:
 
         lmkan-deploy build m.onnx -o m.engine --shapes x:1x12,64x12,4096x12
-
-        lmkan-deploy build m.onnx -o m.engine --shapes x:1x12,1x12,16x12 --shapes x:17x12,1024x12,4096x12
 
         lmkan-deploy build m.onnx -o m.engine --runtime tensorrt-rtx
     """

@@ -115,6 +115,22 @@ InputsFile = Annotated[
         "--inputs", "-i", metavar="FILE", help="Inputs to compare on, besides random ones: .npz or .npy."
     ),
 ]
+Device = Annotated[
+    int,
+    typer.Option(
+        "--device", min=0, metavar="NUMBER", help="Number of the GPU, for engines and for onnxruntime-cuda."
+    ),
+]
+Plugin = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--plugin",
+        metavar="FILE",
+        help="TensorRT plugin library for engines. Default: what plugins build has made for this TensorRT, or "
+        "the package's own.",
+        show_default=False,
+    ),
+]
 CudaGraphs = Annotated[
     bool,
     typer.Option(

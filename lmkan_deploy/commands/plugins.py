@@ -25,17 +25,35 @@ def path(
             help="onnxruntime, onnxruntime-cuda or tensorrt; cpu or cuda for the kernels' C interfaces.",
         ),
     ] = "onnxruntime",
+    tensorrt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--tensorrt",
+            metavar="VERSION",
+            help="Release of TensorRT that will load the plugin, such as 10.14.1. Default: the only one that "
+            "there is a plugin for.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Print the path of a library.
 
-    C++ programs, trtexec and Triton load it from there.
+    C++ programs, trtexec and Triton load it from there. A plugin that lmkan-deploy plugins build has made comes
+    before the package's own.
 
     Example:
 
         trtexec --onnx=m.onnx --dynamicPlugins=$(lmkan-deploy plugins path tensorrt)
     """
+    from lmkan_deploy.errors import LibraryError
     from lmkan_deploy.runtime.libraries import get_library_path
+    from lmkan_deploy.runtime.tensorrt_plugin import find_tensorrt_plugin
 
+    if name == "tensorrt":
+        typer.echo(find_tensorrt_plugin(tensorrt))
+        return
+    if tensorrt is not None:
+        raise LibraryError(f"expected --tensorrt with the library tensorrt, found {name}; leave it out")
     typer.echo(get_library_path(name))
 
 

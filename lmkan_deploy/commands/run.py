@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from lmkan_deploy.commands.arrays import read_arrays, write_arrays
-from lmkan_deploy.commands.options import RUNTIMES, CudaGraphs, Quiet
+from lmkan_deploy.commands.options import RUNTIMES, CudaGraphs, Device, Plugin, Quiet
 from lmkan_deploy.commands.terminal import show_progress
 
 
@@ -42,6 +42,8 @@ def run(
             min=1, max=1024, metavar="NUMBER", help="Threads of the run. Default: ONNX Runtime's choice."
         ),
     ] = None,
+    device: Device = 0,
+    plugin: Plugin = None,
     cuda_graphs: CudaGraphs = False,
     quiet: Quiet = False,
 ) -> None:
@@ -67,6 +69,8 @@ def run(
             model,
             runtime,  # type: ignore[arg-type]
             threads=threads,
+            device=device,
+            plugin=plugin,
             cuda_graphs=cuda_graphs,
         )
         feeds = read_arrays(inputs, [spec.name for spec in runner.inputs])

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from lmkan_deploy.commands.options import Device, Plugin
 from lmkan_deploy.errors import InputError
 
 TOKEN_VARIABLE = "LMKAN_DEPLOY_TOKEN"
@@ -106,6 +107,8 @@ def serve(
             metavar="NAME", help="What runs ONNX files: onnxruntime, onnxruntime-cuda, ... as in run."
         ),
     ] = "onnxruntime",
+    device: Device = 0,
+    plugin: Plugin = None,
     cuda_graphs: Annotated[
         bool,
         typer.Option(
@@ -185,6 +188,8 @@ def serve(
         processes=workers,
         threads=threads or max(1, available_cores() // workers),
         runtime=runtime,  # type: ignore[arg-type]
+        device=device,
+        plugin=plugin,
         cuda_graphs=cuda_graphs,
         batching=BatchingOptions(max_batch, max_delay_us * 1e-6, max_queue),
         timeout=timeout or None,

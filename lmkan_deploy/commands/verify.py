@@ -15,8 +15,10 @@ from lmkan_deploy.commands.options import (
     ArchPath,
     AsJson,
     CudaGraphs,
+    Device,
     InputsFile,
     InputShape,
+    Plugin,
     Quiet,
     RelativeTolerance,
     TrustPickle,
@@ -71,6 +73,8 @@ def verify(
             help=f"What to compare: {RUNTIMES} May be repeated. Default: the first two.",
         ),
     ] = None,
+    device: Device = 0,
+    plugin: Plugin = None,
     cuda_graphs: CudaGraphs = False,
     batch: Annotated[
         Optional[list[int]],  # noqa: UP045
@@ -135,6 +139,8 @@ def verify(
             outputs=expected,
             reference_model=reference,
             runtimes=runtime or ("onnxruntime", "onnxruntime-function"),  # type: ignore[arg-type]
+            device=device,
+            plugin=plugin,
             cuda_graphs=cuda_graphs,
             batch_sizes=batch,
             seed=seed,

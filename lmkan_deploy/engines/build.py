@@ -44,7 +44,7 @@ def build_engine(
 
     Args:
         model: An ONNX file.
-        output: The engine to write; the manifest gets the same name with `.json` appended.
+        output: The engine to write, which ends in .engine; the manifest gets the same name with `.json` appended.
         runtime: What will run it; see `EngineRuntime`.
         shapes: See `make_profiles`.
         timing_cache: File of measured kernel timings, read if it exists and written afterwards, so that the
@@ -61,6 +61,10 @@ def build_engine(
         LibraryError: TensorRT or the plugin library is missing.
     """
     path = output_file(output)
+    if path.suffix != ".engine":
+        raise EngineError(
+            f"expected an output that ends in .engine, by which run, verify and serve know engines, found {path}"
+        )
     trt = import_tensorrt(runtime)
     progress("loading")
     source = load_model(Path(model))
@@ -70,11 +74,11 @@ def build_engine(
     profiles = make_profiles(inputs, shapes)
     log = make_log(trt)
     library = find_plugin(trt, plugin) if runtime == "tensorrt" else None
+    builder = trt.Builder(log)  # from which TensorRT has the log
     if library is not None:
         load_plugin(trt, log, library)
     _prepare(source, with_functions=library is None)
     layers = sum(is_lookup(node) or is_quantized_lookup(node) for node in source.graph.all_nodes())
-    builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, log)
     progress("parsing")
@@ -206,7 +210,11 @@ def _timing_cache(config: Any, runtime: EngineRuntime, file: str | Path | None) 
     path = output_file(file)
     with reported(path):
         cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    config.set_timing_cache(cache, False)
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise EngineError(
+            f"expected a timing cache of this TensorRT and GPU, found another file {path}; remove it, or name "
+            "another"
+        )
     yield
     with staging_folder(path) as folder, reported(path):
         (folder / path.name).write_bytes(memoryview(config.get_timing_cache().serialize()))

@@ -83,7 +83,7 @@ def import_driver() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         raise LibraryError(
-            f"expected cuda-bindings for CUDA graphs, could not import it: {error}; install it in the release "
-            "of your CUDA driver, such as cuda-bindings==13.*"
+            f"expected cuda-bindings for CUDA graphs and streams, could not import it: {error}; install it in "
+            "the release of your CUDA driver, such as cuda-bindings==13.*"
         ) from error
     return driver

@@ -18,6 +18,9 @@ from lmkan_deploy.engines.tensorrt_api import EngineRuntime, last_errors
 from lmkan_deploy.errors import EngineError, InputError
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, numpy_dtype
 
+_ALIGNMENT = 256
+"""Of the addresses that TensorRT takes, in bytes."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 MAX_GRAPHS = 32
@@ -211,6 +214,12 @@ class Lane:
         self, shapes: Shapes, addresses: Mapping[str, int], profile: int
     ) -> dict[str, DeviceArray]:
         """From device memory to new device memory; waits until the outputs are complete."""
+        addresses = dict(addresses)
+        for name, size in self._loaded.input_sizes(shapes).items():
+            if addresses[name] % _ALIGNMENT != 0:
+                memory = int(self._held(name, size))
+                self._loaded.gpu.cuda.memcpy_dtod_async(memory, addresses[name], size, self._stream.value)
+                addresses[name] = memory
         results = self._enqueue(profile, shapes, addresses, lambda _, size: self._loaded.gpu.allocate(size))
         self._stream.value.synchronize()
         return results

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lmkan_deploy.engines.batches import Part, padded_sizes, row_range, split_batch
 from lmkan_deploy.engines.cuda_graph import import_driver
 from lmkan_deploy.engines.device import compute_capability
+from lmkan_deploy.engines.device_tensors import LEGACY_STREAM, device_interface, wait_for_stream
 from lmkan_deploy.engines.gpu import Gpu, OnGpu
 from lmkan_deploy.engines.lane import MAX_GRAPHS, DeviceArray, GraphLane, Lane, LoadedEngine
 from lmkan_deploy.engines.manifest import check_manifest, read_manifest
@@ -63,7 +64,7 @@ class EngineRunner:
         self,
         path: Path,
         *,
-        plugin: Path | None = None,
+        plugin: str | Path | None = None,
         device: int = 0,
         cuda_graphs: bool = False,
         pad_batches: bool = False,
@@ -80,13 +81,14 @@ class EngineRunner:
             compute_capability=compute_capability(device),
             plugin=library,
         )
+        loader = trt.Runtime(log)  # from which TensorRT has the log
         if library is not None:
             load_plugin(trt, log, library)
         gpu = Gpu(device)
         if cuda_graphs and runtime == "tensorrt":
             import_driver()
         with gpu.current():
-            engine = trt.Runtime(log).deserialize_cuda_engine(path.read_bytes())
+            engine = loader.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise EngineError(f"{runtime} could not open {path}: {last_errors(log)}")
         self.name = runtime
@@ -120,13 +122,17 @@ class EngineRunner:
             return results[0]
         return {spec.name: np.concatenate([r[spec.name] for r in results]) for spec in self.outputs}
 
-    def run_on_device(self, feeds: Mapping[str, Any]) -> dict[str, DeviceArray]:
-        """Runs the engine on tensors that are on the GPU already: without a copy, or with one into and out of
-        the memory of a CUDA graph.
+    def run_on_device(self, feeds: Mapping[str, Any], stream: int | None = None) -> dict[str, DeviceArray]:
+        """Runs the engine on tensors that are on its GPU already: without a copy where they begin at multiples of
+        256 bytes, or with one into and out of the memory of a CUDA graph.
 
         Args:
-            feeds: Every input by name: contiguous objects with `__cuda_array_interface__`, whose contents
-                are complete, of the engine's types and of shapes within one of its profiles.
+            feeds: Every input by name: contiguous objects with `__cuda_array_interface__`, of the engine's types
+                and of shapes within one of its profiles.
+            stream: Handle of the CUDA stream that writes the inputs, such as
+                `torch.cuda.current_stream().cuda_stream`. None takes what the interfaces name, or else the legacy
+                default stream, which is PyTorch's unless the program chooses another. The run begins when that
+                stream has done its work.
 
         Returns:
             Every output by name, complete.
@@ -134,20 +140,7 @@ class EngineRunner:
         Raises:
             InputError: An input is missing, not contiguous, or does not fit.
         """
-        interfaces = {}
-        for spec in self.inputs:
-            interface = getattr(feeds.get(spec.name), "__cuda_array_interface__", None)
-            if interface is None:
-                raise InputError(
-                    f"expected a tensor on the GPU for input {spec}, found none; copy it there first"
-                )
-            if interface.get("strides") is not None:
-                raise InputError(
-                    f"expected a contiguous tensor for input {spec.name}, found one with strides"
-                )
-            if np.dtype(interface["typestr"]).itemsize != numpy_dtype(spec.dtype).itemsize:
-                raise InputError(f"expected input {spec}, found elements of type {interface['typestr']}")
-            interfaces[spec.name] = interface
+        interfaces = {spec.name: device_interface(spec, feeds.get(spec.name)) for spec in self.inputs}
         shapes = {name: tuple(interface["shape"]) for name, interface in interfaces.items()}
         parts = self._parts(shapes)
         if len(parts) != 1:
@@ -155,7 +148,13 @@ class EngineRunner:
             texts = " or ".join(f"{least} to {most}" for least, most in ranges)
             rows = shapes[self.inputs[0].name][0]
             raise InputError(f"expected {texts} rows on the GPU, found {rows}; split the batch")
+        writers = {
+            interface.get("stream", LEGACY_STREAM) if stream is None else stream or LEGACY_STREAM
+            for interface in interfaces.values()
+        }
         with self._lane() as lane:
+            for writer in writers - {None}:  # which says that the contents are complete
+                wait_for_stream(self._loaded.gpu, writer)
             addresses = {name: interface["data"][0] for name, interface in interfaces.items()}
             return lane.run_on_device(shapes, addresses, parts[0].profile)
 

@@ -154,28 +154,16 @@ def _copy_plugin(manifest: Manifest, settings: Settings, folder: Path) -> str:
         )
     for file in (plugin, register):
         shutil.copyfile(file, folder / file.name)
-    # One that `plugins build` made takes the kernels from a library of their own.
-    if b"liblmkan_cuda.so" in plugin.read_bytes():
-        from lmkan_deploy.runtime.libraries import get_library_path
-
-        shutil.copyfile(get_library_path("cuda"), folder / "liblmkan_cuda.so")
     return register.name
 
 
 def _find_plugin(manifest: Manifest) -> Path:
-    from lmkan_deploy.runtime.libraries import get_library_path
-    from lmkan_deploy.runtime.tensorrt_plugin import cached_plugin
+    from lmkan_deploy.runtime.tensorrt_plugin import find_tensorrt_plugin
 
-    built = cached_plugin(".".join(manifest.runtime_version.split(".")[:3]))
-    if built.is_file():
-        return built
     try:
-        return get_library_path("tensorrt")
+        return find_tensorrt_plugin(manifest.runtime_version)
     except LibraryError as error:
-        raise PackageError(
-            "expected the plugin library that the engine was built with, found none; pass --plugin, or make it "
-            "with lmkan-deploy plugins build"
-        ) from error
+        raise PackageError(f"{error}, or pass --plugin") from error
 
 
 def _on_server(settings: Settings, library: str) -> str:
@@ -186,9 +174,7 @@ def _on_server(settings: Settings, library: str) -> str:
 
 def _start(settings: Settings, *options: str) -> list[str]:
     repository = settings.repository_path or "."
-    # Kernels that a plugin loads from a library of their own are looked for there.
-    path = [f"LD_LIBRARY_PATH={repository}/{settings.name}:$LD_LIBRARY_PATH"] if options else []
-    return [" ".join([*path, "tritonserver", f"--model-repository={repository}", *options])]
+    return [" ".join(["tritonserver", f"--model-repository={repository}", *options])]
 
 
 def _where(settings: Settings) -> str:

@@ -59,8 +59,8 @@ class OnnxRuntimeRunner:
         custom_ops: Whether to run `LMKAN2D` nodes with the compiled kernel, or with the function that the
             file carries.
         threads: Threads of one call; None leaves the choice to ONNX Runtime.
-        cuda: Whether to run in the CUDA provider, on the first GPU. Inputs and outputs stay in the memory
-            of the host.
+        cuda: Whether to run in the CUDA provider. Inputs and outputs stay in the memory of the host.
+        device: Number of the GPU for it.
 
     Raises:
         ModelError: The file can't be read, or ONNX Runtime refuses it.
@@ -68,7 +68,13 @@ class OnnxRuntimeRunner:
     """
 
     def __init__(
-        self, path: Path, *, custom_ops: bool = True, threads: int | None = None, cuda: bool = False
+        self,
+        path: Path,
+        *,
+        custom_ops: bool = True,
+        threads: int | None = None,
+        cuda: bool = False,
+        device: int = 0,
     ) -> None:
         ort = _import_onnxruntime()
         if cuda and _CUDA not in ort.get_available_providers():
@@ -85,7 +91,7 @@ class OnnxRuntimeRunner:
             options.inter_op_num_threads = 1
         if custom_ops:
             register_custom_ops(options, cuda=cuda)
-        providers = [*([_CUDA] if cuda else []), "CPUExecutionProvider"]
+        providers = [*([(_CUDA, {"device_id": device})] if cuda else []), "CPUExecutionProvider"]
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # pybind exposes a dozen unrelated types
@@ -93,8 +99,8 @@ class OnnxRuntimeRunner:
         # ONNX Runtime goes on without a provider that fails to start.
         if cuda and _CUDA not in self.session.get_providers():
             raise LibraryError(
-                "expected a GPU and CUDA's libraries for ONNX Runtime's CUDA provider, which could not start; "
-                "run nvidia-smi to see the GPU, and compare CUDA's release with ONNX Runtime's"
+                f"expected GPU {device} and CUDA's libraries for ONNX Runtime's CUDA provider, which could not "
+                "start; run nvidia-smi to see the GPU, and compare CUDA's release with ONNX Runtime's"
             )
         self.name = f"onnxruntime{'' if custom_ops else '-function'}{'-cuda' if cuda else ''}"
         self.inputs = [_spec(value) for value in self.session.get_inputs()]

@@ -55,6 +55,8 @@ def load_runner(
     runtime: RuntimeName = "onnxruntime",
     *,
     threads: int | None = None,
+    device: int = 0,
+    plugin: str | Path | None = None,
     cuda_graphs: bool = False,
     pad_batches: bool = False,
 ) -> Runner:
@@ -64,6 +66,8 @@ def load_runner(
         model: An ONNX file, or a TensorRT engine (.engine) beside its manifest.
         runtime: What to run an ONNX file with; see `RuntimeName`. An engine has one of its own.
         threads: Threads of one call on the CPU; None leaves the choice to the runtime.
+        device: Number of the GPU for an engine, or for onnxruntime-cuda.
+        plugin: TensorRT plugin library for an engine; by default the one for the installed TensorRT.
         cuda_graphs: Whether an engine runs with a CUDA graph for each shape.
         pad_batches: Whether an engine pads batches to a few sizes, so that there are few shapes.
 
@@ -76,10 +80,17 @@ def load_runner(
     if path.suffix == ".engine":
         from lmkan_deploy.engines.runner import EngineRunner
 
-        return EngineRunner(path, cuda_graphs=cuda_graphs, pad_batches=pad_batches)
-    if cuda_graphs or pad_batches:
-        what = "CUDA graphs" if cuda_graphs else "padded batches"
+        return EngineRunner(
+            path, plugin=plugin, device=device, cuda_graphs=cuda_graphs, pad_batches=pad_batches
+        )
+    options = {"a plugin": plugin is not None, "CUDA graphs": cuda_graphs, "padded batches": pad_batches}
+    for what in (name for name, given in options.items() if given):
         raise ModelError(f"expected an engine with {what}, found {path}; leave {what} out")
+    if device != 0 and runtime != "onnxruntime-cuda":
+        raise ModelError(
+            f"expected an engine or the runtime onnxruntime-cuda with GPU {device}, found {path} and {runtime}; "
+            "leave the device out"
+        )
     if runtime == "onnx-reference":
         from lmkan_deploy.runtime.onnx_reference import OnnxReferenceRunner
 
@@ -92,5 +103,6 @@ def load_runner(
             custom_ops=runtime != "onnxruntime-function",
             threads=threads,
             cuda=runtime == "onnxruntime-cuda",
+            device=device,
         )
     raise ModelError(f"expected a runtime of {', '.join(get_args(RuntimeName))}, found {runtime!r}")

@@ -118,6 +118,8 @@ class ModelStore:
         metrics: Where models count.
         runtime: What runs ONNX files.
         threads: Threads of one run; None leaves the choice to ONNX Runtime.
+        device: Number of the GPU, for engines and for onnxruntime-cuda.
+        plugin: TensorRT plugin library for engines; None takes the one for the installed TensorRT.
         cuda_graphs: Whether engines run with CUDA graphs.
         give_up: Called, with the reason, when a model can't run any more; see `Health`.
 
@@ -133,13 +135,16 @@ class ModelStore:
         metrics: Metrics,
         runtime: RuntimeName = "onnxruntime",
         threads: int | None = None,
+        device: int = 0,
+        plugin: Path | None = None,
         cuda_graphs: bool = False,
         give_up: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._sources = {check_model_name(name): path for name, path in sources.items()}
         self._folder, self._metrics = folder, metrics
         self.options = options
-        self._runtime, self._threads, self._cuda_graphs = runtime, threads, cuda_graphs
+        self._runtime, self._threads, self._device = runtime, threads, device
+        self._plugin, self._cuda_graphs = plugin, cuda_graphs
         self._give_up = give_up
         self._served: dict[str, dict[str, ServedModel]] = {}
         self._problems: dict[str, str] = {}
@@ -269,9 +274,14 @@ class ModelStore:
         await asyncio.gather(*self._closing)
 
     def _load(self, file: Path) -> Runner:
-        graphs = self._cuda_graphs and file.suffix == ".engine"
-        # Requests join to batches of any size; each would need a graph of its own.
-        return load_runner(file, self._runtime, threads=self._threads, cuda_graphs=graphs, pad_batches=graphs)
+        if file.suffix == ".engine":
+            # Requests join to batches of any size; each would need a graph of its own.
+            graphs = self._cuda_graphs
+            return load_runner(
+                file, device=self._device, plugin=self._plugin, cuda_graphs=graphs, pad_batches=graphs
+            )
+        device = self._device if self._runtime == "onnxruntime-cuda" else 0
+        return load_runner(file, self._runtime, threads=self._threads, device=device)
 
     def _source(self, name: str) -> Path:
         if name in self._sources:

@@ -26,6 +26,8 @@ class ServerOptions:
         processes: Worker processes, each with its own copy of the models.
         threads: Threads of one run of a model.
         runtime: What runs ONNX files.
+        device: Number of the GPU, for engines and for onnxruntime-cuda.
+        plugin: TensorRT plugin library for engines; None takes the one for the installed TensorRT.
         cuda_graphs: Whether engines run with CUDA graphs.
         batching: How requests are joined.
         timeout: Seconds that a request may take unless it says less; None for any.
@@ -49,6 +51,8 @@ class ServerOptions:
     processes: int = 1
     threads: int = 1
     runtime: RuntimeName = "onnxruntime"
+    device: int = 0
+    plugin: Path | None = None
     cuda_graphs: bool = False
     batching: BatchingOptions = field(default_factory=BatchingOptions)
     timeout: float | None = 30.0

@@ -117,6 +117,8 @@ async def _serve(
         metrics=metrics,
         runtime=options.runtime,
         threads=options.threads,
+        device=options.device,
+        plugin=options.plugin,
         cuda_graphs=options.cuda_graphs,
         give_up=give_up,
     )

@@ -24,23 +24,24 @@ OrtStatus* ORT_API_CALL Create(const OrtCustomOp* op, const OrtApi* api, const O
 
 void ORT_API_CALL Destroy(void* node) { delete static_cast<Node*>(node); }
 
-// Device memory of the provider's arena for one call. The arena hands it out again in the stream's
-// order, so kernels that are still in flight keep it to themselves.
+// Memory of the provider's arena, on the device of x, for one call. The arena hands it out again in
+// the stream's order, so kernels that are still in flight keep it to themselves.
 class Workspace {
  public:
   explicit Workspace(const OrtApi* api) : api_(api) {}
   ~Workspace() {
     if (memory_ != nullptr) api_->ReleaseStatus(api_->AllocatorFree(allocator_, memory_));
-    if (info_ != nullptr) api_->ReleaseMemoryInfo(info_);
   }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
   OrtStatus* Allocate(OrtKernelContext* context, size_t bytes) {
     if (bytes == 0) return nullptr;
-    OrtStatus* error =
-        api_->CreateMemoryInfo("Cuda", OrtArenaAllocator, 0, OrtMemTypeDefault, &info_);
-    if (error == nullptr) error = api_->KernelContext_GetAllocator(context, info_, &allocator_);
+    const OrtValue* x = nullptr;
+    const OrtMemoryInfo* info = nullptr;
+    OrtStatus* error = api_->KernelContext_GetInput(context, 0, &x);
+    if (error == nullptr) error = api_->GetTensorMemoryInfo(x, &info);
+    if (error == nullptr) error = api_->KernelContext_GetAllocator(context, info, &allocator_);
     if (error == nullptr) error = api_->AllocatorAlloc(allocator_, bytes, &memory_);
     return error;
   }
@@ -48,7 +49,6 @@ class Workspace {
 
  private:
   const OrtApi* api_;
-  OrtMemoryInfo* info_ = nullptr;
   OrtAllocator* allocator_ = nullptr;
   void* memory_ = nullptr;
 };

@@ -31,11 +31,14 @@ __host__ __device__ inline double GridPoint(int32_t num_grids, int32_t index) {
   return 2.0 * InnerPoint(num_grids, inner) - InnerPoint(num_grids, next);
 }
 
+// The cell between two neighbouring points.
+__host__ __device__ inline GridCell MakeGridCell(double point, double next) {
+  return {static_cast<float>(point), static_cast<float>(1.0 / (next - point))};
+}
+
 // Cell `index`, 0 ... G - 1.
 __host__ __device__ inline GridCell MakeGridCell(int32_t num_grids, int32_t index) {
-  const double point = GridPoint(num_grids, index);
-  const double width = GridPoint(num_grids, index + 1) - point;
-  return {static_cast<float>(point), static_cast<float>(1.0 / width)};
+  return MakeGridCell(GridPoint(num_grids, index), GridPoint(num_grids, index + 1));
 }
 
 }  // namespace lmkan::cuda

@@ -172,8 +172,11 @@ Lookup MakeLookup(const lmkan_table_desc& desc, lmkan_dtype dtype, const void* x
   lookup.table_dtype = desc.dtype;
   lookup.x_dtype = dtype;
   if (lookup.passes_cells()) {
+    double point = GridPoint(lookup.num_grids, 0);
     for (int32_t i = 0; i < lookup.num_grids; ++i) {
-      lookup.cells[i] = MakeGridCell(lookup.num_grids, i);
+      const double next = GridPoint(lookup.num_grids, i + 1);
+      lookup.cells[i] = MakeGridCell(point, next);
+      point = next;
     }
   }
   return lookup;
