@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from lmkan_deploy.errors import CheckpointError, EngineError, ExportError, LibraryError, VerificationError
 from lmkan_deploy.inspection import ModelInfo, inspect_model
 from lmkan_deploy.runtime.runner import Runner, RuntimeName, load_runner
-from lmkan_deploy.runtime.tensors import Arrays, TensorSpec
+from lmkan_deploy.runtime.tensors import Arrays, AxisLimits, TensorSpec
 from lmkan_deploy.spec import DOMAIN, TableDtype
 from lmkan_deploy.staging import output_file
 from lmkan_deploy.verification import (
     TableCosts,
     Verification,
     check_tolerance,
+    note_limits,
+    noted_limits,
     random_cases,
     verify_runners,
 )
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
-Feeds = Callable[[list[str]], Mapping[str, "NDArray[Any]"]]
-"""Called with the names of a network's inputs, returns an array for each."""
+Feeds = Callable[[list[str]], Mapping[str, "NDArray[Any]"]] | Mapping[str, "NDArray[Any]"]
+"""An array for each input of a network, or a function that returns them when it is called with their names."""
 
 INT8_RTOL = 3e-2
 """Allowed relative error between the compiled operator and the function of int8 tables: the kernels' weights
@@ -72,7 +74,7 @@ def export(
     checkpoint: str | Path,
     output: str | Path | None = None,
     *,
-    architecture: Architecture | None = None,
+    architecture: Architecture | str | None = None,
     input_shapes: Sequence[str] = (),
     trust_pickle: bool = False,
     opset: int | None = None,
@@ -94,7 +96,8 @@ def export(
     Args:
         checkpoint: A state dict, a `torch.export` archive, or a pickled module.
         output: The ONNX file; by default the checkpoint's path with the suffix `.onnx`.
-        architecture: What builds the network of a state dict; see `Architecture`.
+        architecture: What builds the network of a state dict; see `Architecture`. A text such as
+            `my_models:MethaneNet` is an importable factory without arguments.
         input_shapes: Such as `batch,12` or `x:batch,4,8,8`, where the shapes can't be inferred.
         trust_pickle: Whether the file may run code while it is loaded.
         opset: Version of ONNX's standard operators: 18 to 25; by default 20.
@@ -104,13 +107,13 @@ def export(
         table_dtype: Element type of the tables in the file: float32 (the default), float16, bfloat16 or
             int8. The model is verified with float32 tables first, then the compiled operator against the
             function with the narrow ones; what those cost is reported, and limited by `rtol` alone.
-        calibration: Returns real inputs. The scales of int8 tables are then those with the least error on
+        calibration: Real inputs. The scales of int8 tables are then those with the least error on
             them, and costs are measured on them, not on `inputs` or random ones.
         max_error: Instead of `table_dtype`: every layer gets the smallest type that keeps the whole model
             within this relative error on the calibration inputs.
         external_data: Whether weights get a file of their own; None decides by their size.
         check: Whether to compare ONNX Runtime with PyTorch, with the compiled operator and without.
-        inputs: Returns inputs to compare on besides random ones.
+        inputs: Inputs to compare on besides random ones.
         rtol: Allowed relative error of every comparison; None takes a default by type.
         progress: Called with a line at each step.
 
@@ -128,11 +131,13 @@ def export(
     path = None if output is None else output_file(output)
     _require_pytorch()
     from lmkan_deploy.checkpoints import load_checkpoint
+    from lmkan_deploy.checkpoints.exported_program import program_limits
     from lmkan_deploy.converters.model_file import staged_model, temporary_model
     from lmkan_deploy.converters.passes import select_passes
 
     selected = select_passes(passes, without_passes)
     progress("loading the checkpoint")
+    architecture = _architecture(architecture)
     loaded = load_checkpoint(checkpoint, architecture, trust_pickle=trust_pickle)
     if path is None:
         path = output_file(loaded.path.with_suffix(".onnx"))
@@ -142,11 +147,13 @@ def export(
     specs = _input_specs(loaded, input_shapes)
     model = _convert(loaded, specs, opset, selected)
     model.metadata_props.update(_provenance(loaded, architecture, input_shapes))
+    limits = {} if loaded.program is None else program_limits(loaded.program)
+    note_limits(model.metadata_props, limits)
     names = [str(value.name) for value in model.graph.outputs]
     reference = _torch_runner(loaded, specs, names)
-    cases = random_cases(specs)
+    cases = random_cases(specs, limits=limits)
     if inputs is not None:
-        cases["given inputs"] = dict(inputs([spec.name for spec in specs]))
+        cases["given inputs"] = _feeds(inputs, [spec.name for spec in specs])
 
     def verified(file: Path, allowed: float | None) -> Verification:
         runners = [load_runner(file), load_runner(file, "onnxruntime-function")]
@@ -159,7 +166,7 @@ def export(
         progress("verifying with float32 tables")
         with temporary_model(model, path, external_data=external_data) as file:
             verified(file, rtol)
-    given = None if calibration is None else calibration([spec.name for spec in specs])
+    given = None if calibration is None else _feeds(calibration, [spec.name for spec in specs])
     outcome, costs = _narrow(model, table_dtype, given, max_error, cases if check else None, progress)
     notes = [*loaded.notes, *(f"not narrowed: {line}" for line in outcome.refused)]
     progress("writing")
@@ -244,8 +251,10 @@ def optimize(
     progress("rewriting")
     outcomes = run_all(graph, selected)
     reference = load_runner(model) if check else None
-    cases = None if reference is None else random_cases(reference.inputs)
-    given = None if calibration is None else calibration([str(value.name) for value in graph.graph.inputs])
+    limits = noted_limits(graph.metadata_props)
+    cases = None if reference is None else random_cases(reference.inputs, limits=limits)
+    names = [str(value.name) for value in graph.graph.inputs]
+    given = None if calibration is None else _feeds(calibration, names)
     outcomes["table-dtype"], costs = _narrow(graph, table_dtype, given, max_error, cases, progress)
     progress("writing")
     verification = None
@@ -265,7 +274,7 @@ def verify(
     model: str | Path,
     *,
     checkpoint: str | Path | None = None,
-    architecture: Architecture | None = None,
+    architecture: Architecture | str | None = None,
     input_shapes: Sequence[str] = (),
     trust_pickle: bool = False,
     inputs: Mapping[str, NDArray[Any]] | None = None,
@@ -332,14 +341,16 @@ def verify(
         if inputs is None:
             raise CheckpointError("expected inputs beside the expected outputs, found none; pass --inputs")
         return verify_runners({"given inputs": dict(outputs)}, runners, given, rtol=rtol, progress=progress)
-    sizes = {} if batch_sizes is None else {"sizes": batch_sizes}
-    cases = random_cases(runners[0].inputs, seed=seed, **sizes) | given
+    if batch_sizes is None:
+        cases = random_cases(runners[0].inputs, seed=seed, limits=_limits_of(model, reference_model)) | given
+    else:
+        cases = random_cases(runners[0].inputs, seed=seed, sizes=batch_sizes) | given
     reference: Runner
     if checkpoint is not None:
         _require_pytorch()
         from lmkan_deploy.checkpoints import load_checkpoint
 
-        loaded = load_checkpoint(checkpoint, architecture, trust_pickle=trust_pickle)
+        loaded = load_checkpoint(checkpoint, _architecture(architecture), trust_pickle=trust_pickle)
         names = [spec.name for spec in runners[0].outputs]
         reference = _torch_runner(loaded, _input_specs(loaded, input_shapes), names)
     elif reference_model is not None:
@@ -408,6 +419,32 @@ def _layer_costs(
     return Calibration(wide, cases).costs_of(narrowed, progress)
 
 
+def _feeds(given: Feeds, names: list[str]) -> Arrays:
+    return dict(given(names) if callable(given) else given)
+
+
+def _architecture(given: Architecture | str | None) -> Architecture | None:
+    from lmkan_deploy.checkpoints import Architecture
+
+    return Architecture(given) if isinstance(given, str) else given
+
+
+def _texts(given: Sequence[str]) -> Sequence[str]:
+    """A single text is one, not a sequence of letters."""
+    return [given] if isinstance(given, str) else given
+
+
+def _limits_of(model: str | Path, reference_model: str | Path | None) -> dict[str, AxisLimits]:
+    """Which sizes the free axes of an ONNX file may have, or of the one that an engine is compared with."""
+    import onnx
+
+    for path in (model, reference_model):
+        if path is not None and Path(path).suffix != ".engine":
+            entries = onnx.load(path, load_external_data=False).metadata_props
+            return noted_limits({entry.key: entry.value for entry in entries})
+    return {}
+
+
 def _require_pytorch() -> None:
     for module in ("torch", "onnxscript"):
         try:
@@ -429,7 +466,7 @@ def _input_specs(checkpoint: Checkpoint, input_shapes: Sequence[str]) -> list[Te
                 "network again with other dynamic shapes"
             )
         return program_inputs(checkpoint.program)
-    return input_specs(checkpoint.module, [parse_input_shape(text) for text in input_shapes])
+    return input_specs(checkpoint.module, [parse_input_shape(text) for text in _texts(input_shapes)])
 
 
 def _convert(
@@ -561,7 +598,7 @@ def _provenance(
     import onnx
     import torch
 
-    options: dict[str, Any] = {"input_shapes": list(input_shapes)}
+    options: dict[str, Any] = {"input_shapes": list(_texts(input_shapes))}
     if architecture is not None and architecture.factory is not None:
         options |= {"arch": architecture.factory, "arch_args": architecture.arguments}
     return {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from lmkan_deploy.errors import InputError
 from lmkan_deploy.runtime.runner import Runner
-from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs, random_inputs
+from lmkan_deploy.runtime.tensors import Arrays, AxisLimits, TensorSpec, check_inputs, random_inputs
 
 DEFAULT_RTOL = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Allowed relative error by the narrower type of the two outputs.
@@ -29,6 +30,8 @@ RANDOM_CASE = "random"
 
 BATCH_SIZES = (1, 2, 7, 64)
 """Sizes of the free axes of random inputs; see `random_cases`."""
+
+_LIMITS = "lmkan_deploy.axis_limits"
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,11 @@ class Verification:
 
 
 def random_cases(
-    specs: Sequence[TensorSpec], *, sizes: Sequence[int] = BATCH_SIZES, seed: int = 0
+    specs: Sequence[TensorSpec],
+    *,
+    sizes: Sequence[int] = BATCH_SIZES,
+    limits: Mapping[str, AxisLimits] | None = None,
+    seed: int = 0,
 ) -> dict[str, Arrays]:
     """Random inputs of several sizes; one case where no axis is free.
 
@@ -151,21 +158,48 @@ def random_cases(
         specs: Inputs of a model.
         sizes: Sizes of the free axes, a case for each. Where axes have several names, the first takes the
             sizes in their order and the others are one, two, ... sizes ahead, so that a mix-up shows.
+        limits: Of free axes that may not have every size, by name: the nearest allowed size is taken.
         seed: Of the random numbers.
 
     Returns:
         Inputs by the name of their case.
     """
+    limits = {} if limits is None else limits
     rng = np.random.default_rng(seed)
     free = list(dict.fromkeys(size for spec in specs for size in spec.shape if not isinstance(size, int)))
     if not free:
         return {RANDOM_CASE: random_inputs(specs, {None: 0}, rng)}
     cases = {}
     for index in range(len(sizes)):
-        chosen = {name: sizes[(index + ahead) % len(sizes)] for ahead, name in enumerate(free)}
+        chosen = {
+            name: _within(limits.get(name or ""), sizes[(index + ahead) % len(sizes)])
+            for ahead, name in enumerate(free)
+        }
         case = f"{RANDOM_CASE} {' x '.join(map(str, chosen.values()))}"
         cases[case] = random_inputs(specs, {None: sizes[index], **chosen}, rng)
     return cases
+
+
+def _within(limits: AxisLimits | None, size: int) -> int:
+    least, most = limits or (0, None)
+    return max(least, size if most is None else min(size, most))
+
+
+def note_limits(metadata: MutableMapping[str, str], limits: Mapping[str, AxisLimits]) -> None:
+    """Notes in a model's metadata which sizes its free axes may have; nothing where all may have any."""
+    if limits:
+        metadata[_LIMITS] = json.dumps(limits)
+
+
+def noted_limits(metadata: Mapping[str, str]) -> dict[str, AxisLimits]:
+    """What `note_limits` noted."""
+    try:
+        return {
+            name: (int(least), most)
+            for name, (least, most) in json.loads(metadata.get(_LIMITS, "{}")).items()
+        }
+    except (ValueError, TypeError, AttributeError):  # somebody else's
+        return {}
 
 
 def check_tolerance(rtol: float | None) -> None:

@@ -19,7 +19,7 @@ from lmkan_deploy import Architecture, api
 from lmkan_deploy.checkpoints.input_shapes import input_specs, parse_input_shape
 from lmkan_deploy.converters.model_file import staged_model
 from lmkan_deploy.converters.torch_to_onnx import to_onnx
-from lmkan_deploy.errors import ExportError, ModelError, VerificationError
+from lmkan_deploy.errors import CheckpointError, ExportError, InputError, ModelError, VerificationError
 from lmkan_deploy.nn import LMKAN2DLayer, LMKANConv2d, PreconditionedLMKAN2D
 from lmkan_deploy.runtime.pytorch import TorchRunner
 from lmkan_deploy.runtime.runner import load_runner
@@ -583,3 +583,60 @@ def test_three_gigabytes(tmp_path: Path) -> None:
     assert result.info.weight_bytes > 3e9
     assert result.verification.passed
     assert (tmp_path / "model.onnx").stat().st_size < 1e6
+
+
+@pytest.mark.parametrize(("least", "most"), [(None, 16), (5, None), (3, 6)])
+def test_axes_of_an_archive_keep_their_limits(least: int | None, most: int | None, tmp_path: Path) -> None:
+    network = make_stack(6, 4).eval()
+    bounded = torch.export.Dim("batch", **{k: v for k, v in {"min": least, "max": most}.items() if v})
+    program = torch.export.export(network, (torch.randn(5, 6),), dynamic_shapes=({0: bounded},))
+    torch.export.save(program, tmp_path / "m.pt2")
+    result = lmkan_deploy.export(tmp_path / "m.pt2")
+    sizes = {int(c.case.split()[-1]) for c in result.verification.comparisons}
+    assert sizes == {max(min(size, most or size), least or 1) for size in (1, 2, 7, 64)}
+    # The file says so to later checks, rewrites among them.
+    again = lmkan_deploy.optimize(result.path, tmp_path / "again.onnx", table_dtype="float16")
+    for path in (result.path, again.path):
+        checked = lmkan_deploy.verify(path, checkpoint=tmp_path / "m.pt2", rtol=0.1)
+        assert {int(c.case.split()[-1]) for c in checked.comparisons} == sizes
+        assert checked.passed
+    asked = lmkan_deploy.verify(result.path, batch_sizes=[100])
+    assert [c.case for c in asked.comparisons] == ["random 100"]
+
+
+def test_natural_arguments(stack: ExportedStack, tmp_path: Path) -> None:
+    x = {"x": np.random.default_rng(0).standard_normal((20, 10)).astype(np.float32)}
+    result = lmkan_deploy.export(
+        stack.checkpoint, tmp_path / "m.onnx", inputs=x, calibration=x, table_dtype="int8",
+        input_shapes="batch,10", without_passes="simplify-layout", rtol=1,
+    )  # fmt: skip
+    assert "given inputs" in {c.case for c in result.verification.comparisons}
+    assert "simplify-layout" in result.info.passes_not_run
+    lmkan_deploy.optimize(stack.onnx, tmp_path / "o.onnx", calibration=x, table_dtype="int8")
+    with pytest.raises(InputError, match="expected a dict with an array for each of x, found ndarray"):
+        lmkan_deploy.run(stack.onnx, x["x"])
+    for other, name in ((x["x"].tolist(), "list"), (torch.from_numpy(x["x"]), "Tensor")):
+        with pytest.raises(InputError, match=rf"a NumPy array for input x .*, found {name}; convert it with"):
+            lmkan_deploy.run(stack.onnx, {"x": other})
+
+
+def test_a_factory_by_its_name_alone(
+    user_model: UserModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(DATA))
+    result = lmkan_deploy.export(
+        user_model.state_dict,
+        tmp_path / "m.onnx",
+        architecture=user_model.architecture.factory,
+        input_shapes=user_model.input_shapes,
+    )
+    assert result.verification.passed
+    with pytest.raises(CheckpointError, match=r"could not import .*; pass --arch m:Net --arch-path nets"):
+        lmkan_deploy.export(user_model.state_dict, tmp_path / "n.onnx", architecture="nets/m.py:Net")
+
+
+@pytest.mark.parametrize("text", ["batch,10:fp32", "x:batch,10:half"])
+def test_unknown_types_of_inputs(text: str, stack: ExportedStack, tmp_path: Path) -> None:
+    found = text.split(":")[-1]
+    with pytest.raises(CheckpointError, match=f"expected an element type of float32, .*, found '{found}' in"):
+        lmkan_deploy.export(stack.checkpoint, tmp_path / "m.onnx", input_shapes=[text])

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from torch import nn
 
 import lmkan_deploy
 from lmkan_deploy import report
 from lmkan_deploy.errors import ExportError, InputError, VerificationError
 from lmkan_deploy.nn import LMKAN2DLayer
 from lmkan_deploy.runtime.runner import load_runner
+from lmkan_deploy.spec import OP_TYPE, TableDtype
 from networks import ExportedStack, UserModel, make_stack
 
 UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 2.0**-8}
@@ -163,3 +166,41 @@ def test_entries_beyond_the_range_are_refused(tmp_path: Path) -> None:
 def test_unknown_types_are_refused(stack: ExportedStack, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="float32, float16, bfloat16, int8, found 'int3'"):
         lmkan_deploy.optimize(stack.onnx, tmp_path / "x.onnx", table_dtype="int3")
+
+
+class Repeated(nn.Module):
+    """One layer and one BatchNorm, called three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = LMKAN2DLayer(12, 8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = self.norm(self.layer(x))
+        return x
+
+
+@pytest.mark.parametrize("table_dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_layer_that_is_called_again_keeps_one_table(
+    table_dtype: TableDtype, calibrated: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = Repeated().eval()
+    with torch.no_grad():
+        network.norm.running_mean.uniform_(-1, 1)
+        network.norm.running_var.uniform_(0.5, 2)
+    torch.save(network, tmp_path / "m.pt")
+    calibration = {"x": np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)}
+    result = lmkan_deploy.export(
+        tmp_path / "m.pt",
+        trust_pickle=True,
+        table_dtype=table_dtype,
+        calibration=(lambda _: calibration) if calibrated else None,
+    )
+    graph = onnx.load(result.path).graph
+    lookups = [node for node in graph.node if node.op_type.startswith(OP_TYPE)]
+    assert len(graph.node) == len(lookups) == 3, "the BatchNorm is in the table"
+    assert len({tuple(node.input[1:]) for node in lookups}) == 1
+    assert len(graph.initializer) == (2 if table_dtype == "int8" else 1)

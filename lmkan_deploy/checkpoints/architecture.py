@@ -28,7 +28,7 @@ class Architecture:
     """
 
     factory: str | None = None
-    path: Path | None = None
+    path: str | Path | None = None
     arguments: dict[str, Any] | list[Any] = field(default_factory=dict)
 
     @classmethod
@@ -59,7 +59,7 @@ class Architecture:
             if self.path is None:
                 yield
                 return
-            entry = str(self.path.resolve())
+            entry = str(Path(self.path).resolve())
             sys.path.insert(0, entry)
             try:
                 yield
@@ -97,6 +97,9 @@ class Architecture:
             module = importlib.import_module(module_name)
         except Exception as error:  # the user's code may raise anything
             hint = "" if self.path else "; if it is not installed, pass its folder with --arch-path"
+            if "/" in module_name or module_name.endswith(".py"):
+                file = Path(module_name)
+                hint = f"; pass --arch {file.stem}:{name} --arch-path {file.parent}"
             raise CheckpointError(
                 f"could not import {module_name!r}: {type(error).__name__}: {error}{hint}"
             ) from error

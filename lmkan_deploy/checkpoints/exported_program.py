@@ -12,7 +12,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 
 from lmkan_deploy.checkpoints.input_shapes import BATCH
 from lmkan_deploy.errors import CheckpointError
-from lmkan_deploy.runtime.tensors import TensorSpec
+from lmkan_deploy.runtime.tensors import AxisLimits, TensorSpec
 
 _SAFE_FILES = re.compile(
     r"[^/]+/(archive_format|archive_version|byteorder|\.data/\w+|models/\w+\.json"
@@ -230,23 +230,44 @@ def program_inputs(program: torch.export.ExportedProgram) -> list[TensorSpec]:
     Raises:
         CheckpointError: An input is not a tensor.
     """
-    placeholders = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    values = {name: placeholders[name] for name in program.graph_signature.user_inputs}
+    values = _inputs(program)
     for name, value in values.items():
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"expected tensors as inputs, found {name} of {type(value).__name__}")
+    names = _axis_names(values)
+    return [
+        TensorSpec(
+            name,
+            tuple(size if isinstance(size, int) else names[str(size)] for size in value.shape),
+            str(value.dtype).removeprefix("torch."),
+        )
+        for name, value in values.items()
+    ]
+
+
+def program_limits(program: torch.export.ExportedProgram) -> dict[str, AxisLimits]:
+    """Sizes that bounded free axes may have, by their names in `program_inputs`."""
+    names = _axis_names(_inputs(program))
+    limits = {}
+    for symbol, found in program.range_constraints.items():
+        least = int(found.lower) if found.lower.is_Integer else 1
+        most = int(found.upper) if found.upper.is_Integer else None  # infinity is none
+        if str(symbol) in names and (least > 1 or most is not None):
+            limits[names[str(symbol)]] = max(least, 1), most
+    return limits
+
+
+def _inputs(program: torch.export.ExportedProgram) -> dict[str, Any]:
+    placeholders = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    return {str(name): placeholders[name] for name in program.graph_signature.user_inputs}
+
+
+def _axis_names(values: Mapping[str, Any]) -> dict[str, str]:
+    """Symbol of a free axis -> its name."""
     free = {
         str(size): axis
         for value in values.values()
         for axis, size in enumerate(value.shape)
         if not isinstance(size, int)
     }
-    names = {symbol: BATCH if len(free) == 1 and axis == 0 else symbol for symbol, axis in free.items()}
-    return [
-        TensorSpec(
-            str(name),
-            tuple(size if isinstance(size, int) else names[str(size)] for size in value.shape),
-            str(value.dtype).removeprefix("torch."),
-        )
-        for name, value in values.items()
-    ]
+    return {symbol: BATCH if len(free) == 1 and axis == 0 else symbol for symbol, axis in free.items()}

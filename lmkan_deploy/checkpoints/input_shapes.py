@@ -41,6 +41,10 @@ def parse_input_shape(text: str) -> TensorSpec:
         CheckpointError: The text has another form.
     """
     parts = text.split(":")
+    if len(parts) > 1 and "," in parts[-2] and parts[-1] not in _DTYPES:
+        raise CheckpointError(
+            f"expected an element type of {', '.join(_DTYPES)}, found {parts[-1]!r} in {text!r}"
+        )
     dtype = parts.pop() if len(parts) > 1 and parts[-1] in _DTYPES else "float32"
     sizes = parts.pop().split(",") if parts else []
     name = parts.pop() if parts else ""

@@ -20,6 +20,7 @@ from lmkan_deploy.converters.passes.base import (
     replace_table,
     table_dtype_of,
 )
+from lmkan_deploy.converters.passes.share_tables import share_tables
 from lmkan_deploy.converters.quantize import quantize_table
 from lmkan_deploy.errors import ExportError
 from lmkan_deploy.reference import dequantize_table
@@ -52,6 +53,8 @@ def narrow_tables(
     for dtype in {dtypes} if isinstance(dtypes, str) else set(chosen):
         if dtype not in TABLE_DTYPES:
             raise ExportError(f"expected a table type of {', '.join(TABLE_DTYPES)}, found {dtype!r}")
+    if importances is not None:
+        importances = _together(nodes, chosen, importances)
     outcome = Outcome()
     for index, (node, dtype) in enumerate(zip(nodes, chosen, strict=True)):
         table = float32_table(node)
@@ -62,8 +65,21 @@ def narrow_tables(
         elif not _round(model.graph, node, table, dtype, outcome):
             continue
         outcome.applied.append(f"{name_of(node)}: {dtype}")
+    share_tables(model)
     attach_function(model)
     return outcome
+
+
+def _together(
+    nodes: Sequence[ir.Node], dtypes: Sequence[TableDtype], importances: Sequence[NDArray[np.float64]]
+) -> list[NDArray[np.float64]]:
+    """Importances of nodes that share a table, added up, so that they go on sharing it."""
+    sums: dict[int, NDArray[np.float64]] = {}
+    keys = [id(node.inputs[1]) for node in nodes]
+    for key, dtype, importance in zip(keys, dtypes, importances, strict=True):
+        if dtype == "int8":
+            sums[key] = sums[key] + importance if key in sums else importance
+    return [sums.get(key, importance) for key, importance in zip(keys, importances, strict=True)]
 
 
 def tables_left(model: ir.Model, dtype: TableDtype | None) -> list[str]:

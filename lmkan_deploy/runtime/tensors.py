@@ -15,6 +15,9 @@ from lmkan_deploy.errors import InputError
 Arrays = dict[str, NDArray[Any]]
 """Tensors by name."""
 
+AxisLimits = tuple[int, int | None]
+"""Smallest and largest size of a free axis; None where there is no largest."""
+
 # Measured on the CPU: rounding makes up to 8e-7 in float32 and 3e-4 in float16, the types of tables nothing; rows
 # that depend on each other make 0.2 to 4, but attention over them less than this in one pair of eleven.
 _ROUNDING = 1e-2
@@ -90,12 +93,22 @@ def check_inputs(specs: Sequence[TensorSpec], feeds: Mapping[str, NDArray[Any]])
     Raises:
         InputError: An input is missing or unknown, or has another rank, size or dtype than expected.
     """
+    if not isinstance(feeds, Mapping):
+        raise InputError(
+            f"expected a dict with an array for each of {', '.join(spec.name for spec in specs)}, found "
+            f"{type(feeds).__name__}"
+        )
     if len(specs) != len(feeds) or not all(spec.name in feeds for spec in specs):
         expected, found = [spec.name for spec in specs], list(feeds)
         raise InputError(f"expected the inputs {', '.join(expected)}, found {', '.join(found) or 'none'}")
     sizes: dict[str, int] = {}
     for spec in specs:
         array = feeds[spec.name]
+        if not isinstance(array, np.ndarray):
+            raise InputError(
+                f"expected a NumPy array for input {spec}, found {type(array).__name__}; convert it with "
+                f"x.numpy() or np.asarray(x, {spec.dtype!r})"
+            )
         if array.dtype != numpy_dtype(spec.dtype):
             raise InputError(
                 f"expected input {spec}, found {array.dtype}; convert it with x.astype({spec.dtype!r})"

@@ -19,6 +19,7 @@ from lmkan_deploy.converters.passes.drop_constant_pairs import drop_constant_pai
 from lmkan_deploy.converters.passes.fold_linear_branch import fold_linear_branch
 from lmkan_deploy.converters.passes.fold_scale_shift import fold_scale_shift
 from lmkan_deploy.converters.passes.fold_table_transpose import fold_table_transpose
+from lmkan_deploy.converters.passes.share_tables import share_tables
 from lmkan_deploy.converters.passes.simplify_layout import simplify_layout
 from lmkan_deploy.errors import ExportError
 
@@ -29,10 +30,11 @@ PASSES = (
     Pass("fold-scale-shift", "BatchNorm, factors and biases go into the table before them", fold_scale_shift),
     Pass("fold-linear-branch", "linear and ReLU-first branches go into the table", fold_linear_branch),
     Pass("drop-constant-pairs", "pairs whose functions are constant go", drop_constant_pairs),
+    Pass("share-tables", "equal tables are kept once", share_tables),
 )
 
-_ALWAYS = ("fold-table-transpose", "clean-up")
-"""What a readable model needs; not a matter of choice."""
+_ALWAYS = ("fold-table-transpose", "clean-up", "share-tables")
+"""What a readable and small model needs; not a matter of choice."""
 
 
 def select_passes(only: Collection[str] | None = None, without: Collection[str] = ()) -> list[Pass]:
@@ -45,6 +47,8 @@ def select_passes(only: Collection[str] | None = None, without: Collection[str] 
     Raises:
         ExportError: A name is unknown.
     """
+    only = [only] if isinstance(only, str) else only  # not a sequence of letters
+    without = [without] if isinstance(without, str) else without
     names = [item.name for item in PASSES]
     for name in (*(only or ()), *without):
         if name not in names and name != "all":
