@@ -1,4 +1,4 @@
-"""The CUDA kernels: built by nvcc, and their source run on the CPU. Neither needs a GPU."""
+"""The CUDA kernels: built by nvcc, and their source run on the CPU, neither of which needs a GPU; and on one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from lmkan_deploy.engines.device import compute_capability
+
 ROOT = Path(__file__).parent.parent
 # Tools that pip installed come first.
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+BUILT_FOR = "9.0"  # by `cuda_build`
 
 OK, INVALID_ARGUMENT, CUDA_ERROR = 0, 1, 4
 FLOAT32, INT8 = 0, 3
@@ -124,6 +128,11 @@ def check_library(path: str) -> None:
     assert size.value == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    compute_capability() != BUILT_FOR,
+    reason=f"needs a GPU of compute capability {BUILT_FOR}, found {compute_capability() or 'none'}",
+)
 def test_lookups_on_a_gpu(cuda_build: Path) -> None:
     program = next(cuda_build.rglob("cuda_lookup_gpu"))
     result = subprocess.run([program], capture_output=True, text=True, check=False)

@@ -718,9 +718,28 @@ def test_nvidias_bindings_take_the_calls(tmp_path: Path) -> None:
 # --- On a GPU ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(compute_capability() is None, reason="needs a GPU")
+CAPABILITY = compute_capability()
+# 7.5, 8.x and 12.x, as its documents list them: 9.0 and 10.x are not among them.
+RTX_TAKES_IT = CAPABILITY is not None and (CAPABILITY == "7.5" or CAPABILITY.split(".")[0] in ("8", "12"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(CAPABILITY is None, reason="needs a GPU")
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize(
+    "runtime",
+    [
+        "tensorrt",
+        pytest.param(
+            "tensorrt-rtx",
+            marks=pytest.mark.skipif(
+                not RTX_TAKES_IT,
+                reason="needs a GPU of compute capability 7.5, 8.x or 12.x, which are those of TensorRT-RTX, "
+                f"found {CAPABILITY or 'none'}",
+            ),
+        ),
+    ],
+)
 def test_on_a_gpu(runtime: Any, cuda_graphs: bool, stack: ExportedStack, tmp_path: Path) -> None:
     pytest.importorskip(runtime.replace("-", "_"))
     pytest.importorskip("pycuda")

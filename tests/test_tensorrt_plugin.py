@@ -722,7 +722,11 @@ def test_without_a_device_the_kernels_status_is_returned(cuda: Library) -> None:
     assert cuda.only_line().startswith('LMKAN2D layer "layer 1": ')
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and PyTorch with CUDA")
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a GPU of compute capability 9.0, for which the kernels are built, and PyTorch with CUDA",
+)
 @pytest.mark.parametrize("table_type", [*FLOATS, INT8], ids=["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("x_type", FLOATS, ids=["float32", "float16", "bfloat16"])
 def test_values_on_a_gpu(cuda: Library, x_type: int, table_type: int) -> None:

@@ -17,6 +17,10 @@ const char* WhyNoDevice();
 int NumDevices();
 void UseDevice(int index);
 
+// Tests of what emulated devices lack; nothing there. Small ones allocate little and are over soon,
+// as compute-sanitizer wants it.
+void TestRealDevice(bool is_small);
+
 // A copy of an array in device memory whose neighbourhood is watched: by guard pages where the
 // device is emulated, by a pattern on a GPU. The start is aligned to 16 bytes.
 class DeviceArray {

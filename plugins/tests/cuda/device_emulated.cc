@@ -19,6 +19,8 @@ void UseDevice(int index) {
   if (index != 1) emulation::device.most_blocks = 3;
 }
 
+void TestRealDevice(bool) {}
+
 struct DeviceArray::Memory {
   GuardedMemory bytes;
 };

@@ -1,5 +1,6 @@
 // Lookups of both tactics on a device: values against the float64 oracle, rows that must not depend
-// on their batch, features that are not finite, and memory that must not be touched.
+// on their batch, features that are not finite, and memory that must not be touched. With the
+// argument "small" less of what only a GPU has.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -287,8 +288,9 @@ void TestBounds(const Shape& shape, lmkan_dtype table_dtype, lmkan_dtype x_dtype
 }  // namespace
 }  // namespace lmkan::test
 
-int main() {
+int main(int argc, char** argv) {
   using namespace lmkan::test;
+  const bool is_small = argc == 2 && std::strcmp(argv[1], "small") == 0;
   if (const char* reason = WhyNoDevice()) {
     std::printf("skipped: no CUDA device: %s\n", reason);
     return kSkipped;
@@ -316,5 +318,6 @@ int main() {
       }
     }
   }
+  TestRealDevice(is_small);
   return Finish();
 }
