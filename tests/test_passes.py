@@ -819,3 +819,178 @@ def test_running_the_passes_again_changes_nothing(tmp_path: Path) -> None:
     module = torch.nn.Sequential(LMKANConv2d(6, 2, 8, 2), torch.nn.BatchNorm2d(8), LMKANConv2d(6, 8, 4, 2))
     model = to_onnx(module.eval(), input_specs(module, [parse_input_shape("n,2,8,8")]))
     assert not any(outcome.applied for outcome in run_passes(model).values())
+
+
+# --- Other spellings ---------------------------------------------------------------------------------
+
+RELUS = {
+    "relu": lambda x: torch.relu(x),
+    "clamp": lambda x: x.clamp(min=0),
+    "clamp_min": lambda x: torch.clamp_min(x, 0.0),
+    "maximum": lambda x: torch.maximum(torch.zeros_like(x), x),
+    "where": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+    "where, the other way round": lambda x: torch.where(x <= 0, torch.zeros_like(x), x),
+    "mask": lambda x: (x >= 0) * x,
+    "threshold": lambda x: torch.nn.functional.threshold(x, 0.0, 0.0),
+}
+NO_RELUS = {
+    "clamp": lambda x: x.clamp(min=0.5),
+    "clamp to a range": lambda x: x.clamp(min=0, max=1),
+    "maximum": lambda x: torch.maximum(x, torch.ones_like(x)),
+    "where": lambda x: torch.where(x > 0.5, x, torch.zeros_like(x)),
+    "where with another value": lambda x: torch.where(x > 0, x, torch.ones_like(x)),
+    "the negative part": lambda x: torch.where(x < 0, x, torch.zeros_like(x)),
+    "mask of another value": lambda x: (x.flip(-1) > 0) * x,
+    "threshold": lambda x: torch.nn.functional.threshold(x, 0.5, 0.0),
+}
+PRODUCTS = {
+    "linear": lambda self, x: self.linear(x),
+    "matmul": lambda self, x: x @ self.linear.weight.T + self.linear.bias,
+    "einsum": lambda self, x: torch.einsum("bi,oi->bo", x, self.linear.weight) + self.linear.bias,
+    "einsum, the other way round": lambda self, x: (
+        torch.einsum("...i,io->...o", x, self.linear.weight.T.contiguous()) + self.linear.bias
+    ),
+    "batch-last": lambda self, x: (self.linear.weight @ x.T + self.linear.bias[:, None]).T,
+}
+
+
+class Branched(torch.nn.Module):
+    """A lookup layer of a batch-last class, and a linear branch behind some function."""
+
+    def __init__(self, function, product) -> None:
+        super().__init__()
+        self.layer, self.linear = BatchLastLayer(8, 6, 4), torch.nn.Linear(6, 4)
+        self.function, self.product = function, product
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.3 * self.layer(x.T).T + self.product(self, self.function(x))
+
+
+@pytest.mark.parametrize(
+    ("relu", "product"),
+    [
+        *((relu, "linear") for relu in RELUS),
+        *(("where", product) for product in PRODUCTS if product != "linear"),
+    ],
+)
+def test_relu_first_branches_in_other_words(relu: str, product: str, tmp_path: Path) -> None:
+    model = check(Branched(RELUS[relu], PRODUCTS[product]), "batch,6", tmp_path)
+    assert op_types(model) == ["LMKAN2D"]
+
+
+@pytest.mark.parametrize("other", NO_RELUS)
+def test_what_is_no_relu_stays(other: str, tmp_path: Path) -> None:
+    model = check(Branched(NO_RELUS[other], PRODUCTS["linear"]), "batch,6", tmp_path)
+    assert "Gemm" in op_types(model)
+    _, refused = noted_outcomes(model.metadata_props)
+    assert "another function of them than ReLU" in refused["fold-linear-branch"][0]
+
+
+class BatchLastNetwork(torch.nn.Module):
+    """Batch-last from one end to the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = BatchLastLayer(8, 6, 4), BatchLastLayer(8, 4, 2)
+        self.linear = torch.nn.Linear(6, 4)
+        self.gain = torch.nn.Parameter(torch.rand(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.T
+        branch = self.linear.weight @ torch.relu(x) + self.linear.bias[:, None]
+        h = (self.gain[:, None] * self.first(x) + branch - 0.5) / 2
+        return self.second(h).T
+
+
+def test_batch_last_networks_become_batch_first(tmp_path: Path) -> None:
+    model = check(BatchLastNetwork(), "batch,6", tmp_path)
+    assert op_types(model) == ["LMKAN2D", "LMKAN2D"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda layer, x: torch.tanh(-layer(x.T)).T * 2,
+        lambda layer, x: (layer(x.T) + torch.arange(4.0)[:, None]).T.sigmoid(),
+        lambda layer, x: 3 - layer(x.T).T - torch.ones(1, 4),
+        lambda layer, x: (layer(x.T) / torch.tensor([[1.0], [2.0], [3.0], [4.0]]) - torch.tanh(x[:, :4].T)).T,
+    ],
+)
+def test_transposes_meet_behind_what_is_between_them(function, tmp_path: Path) -> None:
+    model = check(_Wrapped(function), "batch,6", tmp_path)
+    assert "Transpose" not in op_types(model)
+
+
+class _Wrapped(torch.nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.layer, self.function = BatchLastLayer(8, 6, 4), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.layer, x)
+
+
+def test_a_transpose_that_others_use_stays(tmp_path: Path) -> None:
+    model = check(
+        _Wrapped(lambda layer, x: (lambda t: t.relu() + t.cumsum(0))(layer(x.T))), "batch,6", tmp_path
+    )
+    assert op_types(model).count("Transpose") == 1
+
+
+@pytest.mark.parametrize("shape", ["batch,time,6", "batch,5,6", "2,time,3,6"])
+@pytest.mark.parametrize("relu", [False, True])
+def test_sequences_keep_their_axes(shape: str, relu: bool, tmp_path: Path) -> None:
+    class Sequence(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.linear = BatchLastLayer(8, 6, 4), torch.nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layer(x.reshape(-1, 6).T).T.reshape(*x.shape[:-1], 4)
+            return 0.5 * y + self.linear(x.relu() if relu else x)
+
+    model = check(Sequence(), shape, tmp_path)
+    assert op_types(model) == ["LMKAN2D"]
+
+
+def test_reshapes_that_move_features_stay(tmp_path: Path) -> None:
+    model = check(
+        _Wrapped(lambda layer, x: layer(x.reshape(-1, 6).T).T.reshape(-1, 2, 4)), "batch,2,3,2", tmp_path
+    )
+    assert op_types(model).count("Reshape") == 2
+    model = check(
+        _Wrapped(lambda layer, x: layer(x.reshape(-1, 6).T).T.reshape(-1, 8)), "batch,2,6", tmp_path
+    )
+    assert op_types(model).count("Reshape") >= 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "m = MatMul (w, t)  s = Add (m, column)  y = Transpose (s)",
+        "r = Relu (t)  m = MatMul (w, r)  n = Neg (m)  d = Div (n, column)  y = Transpose (d)",
+        "a = Sub (row, t)  b = Mul (t, a)  c = Tanh (b)  m = MatMul (w, c)  y = Transpose (m)",
+        "u = Transpose (t)  v = Transpose (u)  m = MatMul (w, v)  z = Sub (one, m)  y = Transpose (z)",
+        "m = MatMul (w, t)  s = Sigmoid (m)  y = Div (s, column)",
+    ],
+)
+def test_sinking_transposes_is_exact_in_float64(body: str) -> None:
+    rng = np.random.default_rng(0)
+    rows, n_in, n_out = 5, 3, 4
+    constants = {
+        "w": rng.standard_normal((n_out, n_in)),
+        "column": rng.standard_normal((n_out, 1)),
+        "row": rng.standard_normal(rows),  # of the transposed matrix: a number for each row of x
+        "one": np.ones((1, 1)),
+    }
+    text = f'<ir_version: 10, opset_import: ["" : 20]> g (double[{rows}, {n_in}] x) => (double[a, b] y)'
+    proto = onnx.parser.parse_model(f"{text} {{ t = Transpose <perm = [1, 0]> (x)  {body} }}")
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, name) for name, a in constants.items())
+    proto = onnx.shape_inference.infer_shapes(proto)
+    model = ir.from_proto(proto)
+    run_passes(model)
+    left = sum(node.op_type == "Transpose" for node in model.graph)
+    assert left == (0 if "y = Transpose" in body else 1)
+    x = rng.standard_normal((rows, n_in))
+    run = lambda m: ort.InferenceSession(m.SerializeToString()).run(None, {"x": x})[0]  # noqa: E731
+    np.testing.assert_allclose(run(ir.to_proto(model)), run(proto), rtol=1e-12, atol=1e-12)

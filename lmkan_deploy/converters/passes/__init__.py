@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from lmkan_deploy.converters.onnx_function import attach_function
 from lmkan_deploy.converters.passes.base import Outcome, Pass, infer_lookup_shapes, name_standard_domain
+from lmkan_deploy.converters.passes.cancel_reshapes import cancel_reshapes
 from lmkan_deploy.converters.passes.clean_up import clean_up
 from lmkan_deploy.converters.passes.drop_constant_pairs import drop_constant_pairs
 from lmkan_deploy.converters.passes.fold_linear_branch import fold_linear_branch
@@ -21,11 +22,14 @@ from lmkan_deploy.converters.passes.fold_scale_shift import fold_scale_shift
 from lmkan_deploy.converters.passes.fold_table_transpose import fold_table_transpose
 from lmkan_deploy.converters.passes.share_tables import share_tables
 from lmkan_deploy.converters.passes.simplify_layout import simplify_layout
+from lmkan_deploy.converters.passes.sink_transposes import sink_transposes
 from lmkan_deploy.errors import ExportError
 
 PASSES = (
     Pass("fold-table-transpose", "transposed weights become tables", fold_table_transpose),
     Pass("clean-up", "nodes that compute nothing, and what nothing uses, go", clean_up),
+    Pass("sink-transposes", "transposes of batch-last networks meet, and cancel", sink_transposes),
+    Pass("cancel-reshapes", "reshapes around a layer that undo each other go", cancel_reshapes),
     Pass("simplify-layout", "chains of reshapes and transposes become the shortest ones", simplify_layout),
     Pass("fold-scale-shift", "BatchNorm, factors and biases go into the table before them", fold_scale_shift),
     Pass("fold-linear-branch", "linear and ReLU-first branches go into the table", fold_linear_branch),

@@ -6,7 +6,9 @@ ReLU is piecewise linear with its kink at 0: it folds exactly when 0 is a grid p
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +25,7 @@ from lmkan_deploy.converters.passes.base import (
     replace_table,
     used_once,
 )
+from lmkan_deploy.converters.passes.relu import relu_input
 from lmkan_deploy.spec import grid_points
 
 
@@ -80,16 +83,14 @@ def fold_linear_branch(model: ir.Model) -> Outcome:
 
 
 def _is_relu_last(value: ir.Value, lookup: ir.Node) -> bool:
-    node = value.producer()
-    if node is None or not is_op(node, "Relu") or node.inputs[0] is None:
-        return False
-    branch = _linear(node.inputs[0])
+    source = relu_input(value)
+    branch = None if source is None else _linear(source)
     return branch is not None and branch.features is lookup.inputs[0]
 
 
 def _why_not(lookup: ir.Node, output: ir.Value, branch: Linear) -> str | None:
     if branch.features is not lookup.inputs[0]:
-        return "it takes other features than the layer"
+        return "it takes other features than the layer, or another function of them than ReLU"
     table = float32_table(lookup)
     if table is None:
         return "the table is not a float32 constant"
@@ -129,19 +130,34 @@ def _linear(value: ir.Value) -> Linear | None:
     if is_op(node, "Add"):
         for product, other in (tuple(node.inputs), tuple(reversed(node.inputs))):
             bias = constant(other)
-            if product is None or bias is None or not is_op(product.producer(), "MatMul"):
+            if product is None or bias is None or not is_op(product.producer(), "MatMul", "Einsum"):
                 continue
             inner = _linear(product)
             if inner is not None and bias.size in (1, inner.weight.shape[1]) and bias.ndim <= 1:
                 total = inner.bias + bias.astype(np.float64)
                 return Linear(inner.features, inner.relu, inner.weight, total)
         return None
-    if is_op(node, "MatMul"):
-        weight = constant(node.inputs[1])
+    if is_op(node, "MatMul", "Einsum"):
+        weight = constant(node.inputs[1]) if is_op(node, "MatMul") else _einsum_weight(node)
         if weight is None or weight.ndim != 2 or node.inputs[0] is None:
             return None
         return _before_relu(node.inputs[0], weight.astype(np.float64), np.zeros(weight.shape[1]))
     return None
+
+
+def _einsum_weight(node: ir.Node) -> NDArray[Any] | None:
+    """The matrix [N_in, N_out] of a product with the last axis, such as bi,oi->bo."""
+    equation = node.attributes.get_string("equation", "").replace(" ", "")
+    terms = re.fullmatch(r"([\w.]*)(\w),(\w)(\w)->([\w.]*)(\w)", equation)
+    weight = constant(node.inputs[1]) if len(node.inputs) == 2 else None
+    if terms is None or weight is None or weight.ndim != 2:
+        return None
+    axes, feature, first, second, result_axes, result = terms.groups()
+    if axes != result_axes or result == feature or result in axes or feature in axes:
+        return None
+    if (first, second) == (feature, result):
+        return weight
+    return weight.T if (second, first) == (feature, result) else None
 
 
 def _gemm(node: ir.Node) -> Linear | None:
@@ -162,7 +178,5 @@ def _gemm(node: ir.Node) -> Linear | None:
 
 
 def _before_relu(features: ir.Value, weight: NDArray[np.float64], bias: NDArray[np.float64]) -> Linear:
-    node = features.producer()
-    if node is not None and is_op(node, "Relu") and node.inputs[0] is not None:
-        return Linear(node.inputs[0], True, weight, bias)
-    return Linear(features, False, weight, bias)
+    source = relu_input(features)
+    return Linear(features if source is None else source, source is not None, weight, bias)
