@@ -223,7 +223,7 @@ def optimize(
         output: The ONNX file to write; may be the same.
         passes: See `export`.
         without_passes: See `export`.
-        table_dtype: See `export`; tables that are not float32 stay as they are.
+        table_dtype: See `export`; tables that are not float32 stay as they are, if there are others.
         calibration: See `export`.
         max_error: See `export`.
         external_data: See `export`.
@@ -234,6 +234,7 @@ def optimize(
 
     Raises:
         ModelError: The file can't be read, run or written.
+        ExportError: No table can get the type, because none is float32.
         VerificationError: The new model gives other answers; nothing is written.
     """
     from lmkan_deploy.converters.model_file import load_model, staged_model
@@ -255,6 +256,7 @@ def optimize(
     cases = None if reference is None else random_cases(reference.inputs, limits=limits)
     names = [str(value.name) for value in graph.graph.inputs]
     given = None if calibration is None else _feeds(calibration, names)
+    _require_wide_tables(graph, table_dtype)
     outcomes["table-dtype"], costs = _narrow(graph, table_dtype, given, max_error, cases, progress)
     progress("writing")
     verification = None
@@ -543,6 +545,18 @@ def _narrow(
     result = Outcome(outcome.applied, left)
     note_outcomes(model, {"table-dtype": result})
     return result, costs
+
+
+def _require_wide_tables(model: ir.Model, table_dtype: TableDtype | None) -> None:
+    """Refuses a type that no table can get, because all have been narrowed already."""
+    from lmkan_deploy.converters.passes.base import all_lookups, table_dtype_of
+
+    found = {table_dtype_of(node) for node in all_lookups(model)}
+    if table_dtype is not None and found and "float32" not in found and found != {table_dtype}:
+        raise ExportError(
+            f"expected float32 tables to make {table_dtype} ones of, found {', '.join(sorted(found))}; start "
+            "from the file with float32 tables"
+        )
 
 
 def _require_agreement(

@@ -12,7 +12,7 @@ from lmkan_deploy.api import ExportResult, OptimizeResult
 from lmkan_deploy.engines.manifest import Manifest
 from lmkan_deploy.inspection import ModelInfo
 from lmkan_deploy.spec import TABLE_DTYPES
-from lmkan_deploy.verification import Comparison, TableCosts, Verification
+from lmkan_deploy.verification import RANDOM_CASE, Comparison, TableCosts, Verification
 
 _console = Console(highlight=False)
 
@@ -40,7 +40,15 @@ def print_export(result: ExportResult) -> None:
     for comparison in result.verification.comparisons:
         worst[comparison.runner] = max(worst.get(comparison.runner, 0.0), comparison.max_rel)
     for runner, error in worst.items():
-        _print(("verified", "green"), f" {runner} against PyTorch: largest relative error {error:.1e}")
+        compared = f"{runner} against PyTorch on {_data(result.verification)}"
+        _print(("verified", "green"), f" {compared}: largest relative error {error:.1e}")
+
+
+def _data(verification: Verification) -> str:
+    """What outputs were compared on."""
+    kinds = {comparison.case.startswith(RANDOM_CASE) for comparison in verification.comparisons}
+    names = {True: "random", False: "given"}
+    return f"{' and '.join(name for kind, name in names.items() if kind in kinds)} inputs"
 
 
 def print_optimization(result: OptimizeResult) -> None:
@@ -51,7 +59,8 @@ def print_optimization(result: OptimizeResult) -> None:
     _print_costs(result.tables)
     if result.verification is not None:
         worst = max(comparison.max_rel for comparison in result.verification.comparisons)
-        _print(("verified", "green"), f" against the original: largest relative error {worst:.1e}")
+        compared = f"against the original on {_data(result.verification)}"
+        _print(("verified", "green"), f" {compared}: largest relative error {worst:.1e}")
 
 
 def _print_passes(lines: dict[str, list[str]], prefix: str) -> None:

@@ -304,7 +304,7 @@ class TestOutputs:
     def test_a_folder_that_even_root_can_not_write(self, methane: Path) -> None:
         fails(cli("optimize", methane, "-o", "/proc/file"), 2, "could not write /proc/file")
         inputs = DATA / "methane.io.npz"
-        fails(cli("run", methane, "-i", inputs, "-o", "/proc/file"), 2, "could not write /proc/file")
+        fails(cli("run", methane, "-i", inputs, "-o", "/proc/file.npz"), 2, "could not write /proc/file.npz")
 
     def test_a_folder_in_the_place_of_the_weights(self, methane: Path, tmp_path: Path) -> None:
         (tmp_path / "m.onnx.data").mkdir()
@@ -577,3 +577,21 @@ def test_launcher_in_the_checkout() -> None:
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.startswith("lmkan-deploy ")
     assert (ROOT / "converters" / "torch_to_onnx.py").is_file()
+
+
+def test_outputs_of_another_format_are_refused(stack: ExportedStack, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((2, 10), np.float32))
+    result = cli("run", stack.onnx, "-i", tmp_path / "x.npy", "-o", tmp_path / "y.csv")
+    assert (result.returncode, result.stderr) == (
+        2, f"error: expected an output that ends in .npz or .npy, found {tmp_path / 'y.csv'}\n"
+    )  # fmt: skip
+    assert not (tmp_path / "y.csv").exists()
+
+
+def test_what_was_compared_is_named(stack: ExportedStack, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((2, 10), np.float32))
+    output = cli("export", stack.checkpoint, "-o", tmp_path / "m.onnx").stdout
+    assert "verified onnxruntime against PyTorch on random inputs: largest relative error" in output
+    assert "note: assumed no layers without weights, such as activations" in output
+    output = cli("export", stack.checkpoint, "-o", tmp_path / "m.onnx", "-i", tmp_path / "x.npy").stdout
+    assert "verified onnxruntime against PyTorch on random and given inputs: largest" in output

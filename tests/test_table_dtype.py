@@ -93,11 +93,6 @@ def test_optimizing_a_file(stack: ExportedStack, tmp_path: Path) -> None:
     result = lmkan_deploy.optimize(stack.onnx, tmp_path / "half.onnx", table_dtype="float16")
     assert result.outcomes["table-dtype"].applied == ["0: float16", "2: float16"]
     assert result.verification.passed
-    again = lmkan_deploy.optimize(tmp_path / "half.onnx", tmp_path / "again.onnx", table_dtype="bfloat16")
-    assert again.outcomes["table-dtype"].applied == []  # never narrowed twice
-    assert again.outcomes["table-dtype"].refused == [
-        f"{name}: its table is float16 already" for name in ("0", "2")
-    ]
     same = lmkan_deploy.optimize(tmp_path / "half.onnx", tmp_path / "again.onnx", table_dtype="float16")
     assert same.outcomes["table-dtype"].refused == []
 
@@ -204,3 +199,15 @@ def test_a_layer_that_is_called_again_keeps_one_table(
     assert len(graph.node) == len(lookups) == 3, "the BatchNorm is in the table"
     assert len({tuple(node.input[1:]) for node in lookups}) == 1
     assert len(graph.initializer) == (2 if table_dtype == "int8" else 1)
+
+
+@pytest.mark.parametrize("wanted", ["int8", "float32", "bfloat16"])
+def test_narrow_tables_do_not_become_others(wanted: TableDtype, stack: ExportedStack, tmp_path: Path) -> None:
+    narrow = lmkan_deploy.optimize(stack.onnx, tmp_path / "half.onnx", table_dtype="float16").path
+    with pytest.raises(
+        ExportError, match=f"float32 tables to make {wanted} ones of, found float16; start from"
+    ):
+        lmkan_deploy.optimize(narrow, tmp_path / "m.onnx", table_dtype=wanted)
+    assert not (tmp_path / "m.onnx").exists()
+    again = lmkan_deploy.optimize(narrow, tmp_path / "m.onnx", table_dtype="float16")
+    assert again.verification.passed

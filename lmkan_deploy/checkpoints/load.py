@@ -150,7 +150,7 @@ def _from_content(path: Path, content: Any, architecture: Architecture) -> Check
         module = _unwrapped(architecture.build())
         notes = fill(module, state, architecture.factory)
         return Checkpoint(path, "state dict", _prepare(module), notes=notes)
-    notes = []
+    notes = ["assumed no layers without weights, such as activations, which a state dict does not show"]
     module = build_stack(state)
     if any(isinstance(layer, nn.BatchNorm1d) for layer in module):
         notes.append("assumed BatchNorm's default eps of 1e-5, which a state dict does not hold")

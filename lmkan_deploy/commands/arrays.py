@@ -55,12 +55,23 @@ def read_feeds(path: Path | None) -> Feeds | None:
     return None if path is None else lambda names: read_arrays(path, names)
 
 
+def check_suffix(path: Path) -> None:
+    """Refuses a file for arrays whose name says something else.
+
+    Raises:
+        InputError: It ends in neither .npz nor .npy.
+    """
+    if path.suffix not in (".npz", ".npy"):
+        raise InputError(f"expected an output that ends in .npz or .npy, found {path}")
+
+
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """Writes all arrays, or nothing."""
     import numpy as np
 
     from lmkan_deploy.staging import output_file, reported, staging_folder
 
+    check_suffix(path)
     if path.suffix == ".npy" and len(arrays) != 1:
         raise InputError(f"expected an .npz file for {len(arrays)} outputs, found {path}")
     # NumPy has no bfloat16; float32 holds the same values.

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lmkan_deploy.commands.arrays import read_arrays, write_arrays
+from lmkan_deploy.commands.arrays import check_suffix, read_arrays, write_arrays
 from lmkan_deploy.commands.options import RUNTIMES, CudaGraphs, Device, Plugin, Quiet
 from lmkan_deploy.commands.terminal import show_progress
 
@@ -63,6 +63,7 @@ def run(
     for path in (model, inputs, Path(f"{model}.data"), Path(f"{model}.json")):
         if path.exists() and target.exists() and path.samefile(target):
             raise InputError(f"expected a file of their own for the outputs, found {output}, which is read")
+    check_suffix(output)
     with show_progress(quiet) as progress:
         progress("loading")
         runner = load_runner(
