@@ -953,15 +953,19 @@ def test_sequences_keep_their_axes(shape: str, relu: bool, tmp_path: Path) -> No
     assert op_types(model) == ["LMKAN2D"]
 
 
-def test_reshapes_that_move_features_stay(tmp_path: Path) -> None:
-    model = check(
-        _Wrapped(lambda layer, x: layer(x.reshape(-1, 6).T).T.reshape(-1, 2, 4)), "batch,2,3,2", tmp_path
-    )
-    assert op_types(model).count("Reshape") == 2
-    model = check(
-        _Wrapped(lambda layer, x: layer(x.reshape(-1, 6).T).T.reshape(-1, 8)), "batch,2,6", tmp_path
-    )
-    assert op_types(model).count("Reshape") >= 1
+@pytest.mark.parametrize(
+    ("shape", "before", "after"),
+    [
+        ("batch,2,3,2", (-1, 6), (-1, 2, 4)),  # features of several axes
+        ("batch,4,6", (-1, 6), (-1, 2, 4)),  # other leading axes behind the layer
+        ("batch,2,6", (-1, 6), (-1, 8)),  # outputs of two rows together
+    ],
+)
+def test_reshapes_that_move_features_stay(
+    shape: str, before: tuple[int, ...], after: tuple[int, ...], tmp_path: Path
+) -> None:
+    network = _Wrapped(lambda layer, x: layer(x.reshape(before).T).T.reshape(after))
+    assert op_types(check(network, shape, tmp_path)).count("Reshape") == 2
 
 
 @pytest.mark.parametrize(
