@@ -998,3 +998,39 @@ def test_sinking_transposes_is_exact_in_float64(body: str) -> None:
     x = rng.standard_normal((rows, n_in))
     run = lambda m: ort.InferenceSession(m.SerializeToString()).run(None, {"x": x})[0]  # noqa: E731
     np.testing.assert_allclose(run(ir.to_proto(model)), run(proto), rtol=1e-12, atol=1e-12)
+
+
+def test_zeros_with_more_axes_are_no_relu(tmp_path: Path) -> None:
+    model = check(
+        Branched(lambda x: torch.maximum(x, torch.zeros(1, 1, 1)), PRODUCTS["linear"]), "batch,6", tmp_path
+    )
+    assert op_types(model) != ["LMKAN2D"]
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_axes_without_names_may_differ(is_named: bool) -> None:
+    """[n, 2, 4] comes back as [n, 2, 3]; what has no names may come back as [2, n, 3]."""
+    before, after = ("n, 2, 4", "n, 2, 3") if is_named else ("?, ?, 4", "?, ?, 3")
+    given_back = [-1, 2, 3] if is_named else [2, -1, 3]
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 20, "lmkan" : 1]> g (float[{before}] x) => (float[{after}] y) '
+        "{ f = Reshape (x, flat)  h = lmkan.LMKAN2D (f, table)  y = Reshape (h, back) }"
+    )
+    constants = {
+        "flat": np.array([-1, 4]), "back": np.array(given_back),
+        "table": np.random.default_rng(0).standard_normal((2, 5, 5, 3)).astype(np.float32),
+    }  # fmt: skip
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, name) for name, a in constants.items())
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    run_passes(model)
+    assert op_types(model).count("Reshape") == (0 if is_named else 2)
+
+
+def test_a_lookup_without_inputs_is_left_to_the_runtime() -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20, "lmkan" : 1]> g (float[n, 4] x) => (float[n, 3] y) '
+        "{ y = lmkan.LMKAN2D () }"
+    )
+    model = ir.from_proto(proto)
+    run_passes(model)
+    assert op_types(model) == ["LMKAN2D"]

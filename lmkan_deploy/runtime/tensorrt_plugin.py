@@ -100,9 +100,10 @@ def _find_plugins() -> dict[str, Path]:
         paths.insert(0, get_library_path("tensorrt"))
     found = {}
     for path in paths:  # the user's own last, since it counts
-        versions = plugin_versions(path)
-        if versions.release == __version__:
-            found[versions.tensorrt] = path
+        with contextlib.suppress(LibraryError):  # another file
+            versions = plugin_versions(path)
+            if versions.release == __version__:
+                found[versions.tensorrt] = path
     return found
 
 

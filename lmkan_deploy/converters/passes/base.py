@@ -195,6 +195,12 @@ def bypass(node: ir.Node, replacement: ir.Value) -> None:
     graph.remove(node, safe=True)
 
 
+def known_shape(value: ir.Value) -> list[int | str] | None:
+    """Sizes of a value's axes, names where free; None where an axis has no name, or the rank is unknown."""
+    axes = [] if value.shape is None else [a if isinstance(a, int) else a.value for a in value.shape]
+    return None if value.shape is None or None in axes else [axis for axis in axes if axis is not None]
+
+
 def static_shape(value: ir.Value | None) -> list[int | None] | None:
     """Sizes of a value's axes, None where free; None when even the rank is unknown."""
     if value is None or value.shape is None:

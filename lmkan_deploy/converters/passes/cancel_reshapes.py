@@ -6,39 +6,48 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lmkan_deploy.converters.passes.base import Outcome, all_lookups, bypass, is_op, name_of, used_once
+from lmkan_deploy.converters.passes.base import (
+    Outcome,
+    all_lookups,
+    bypass,
+    is_op,
+    known_shape,
+    name_of,
+    used_once,
+)
+
+Shape = list[int | str]
 
 
 def cancel_reshapes(model: ir.Model) -> Outcome:
     """Removes both reshapes where the axes behind the layer are those before it."""
     outcome = Outcome()
     for lookup in all_lookups(model):
-        x, y = lookup.inputs[0], lookup.outputs[0]
+        x, y = lookup.inputs[0] if lookup.inputs else None, lookup.outputs[0]
         before = None if x is None else x.producer()
         if before is None or not is_op(before, "Reshape") or not used_once(y):
             continue
         after, source = next(iter(y.uses())).node, before.inputs[0]
         if not is_op(after, "Reshape") or y is not after.inputs[0] or x is None or source is None:
             continue
-        given_back = after.outputs[0]
-        if _keeps_last(source, x) and _keeps_last(y, given_back) and _leading(source) == _leading(given_back):
+        shapes = [known_shape(value) for value in (source, x, y, after.outputs[0])]
+        if _undo_each_other(*shapes):
             lookup.replace_input_with(0, source)
-            y.shape = given_back.shape
+            y.shape = after.outputs[0].shape
             bypass(after, y)
             outcome.applied.append(f"{name_of(lookup)}: 2 reshapes")
     return outcome
 
 
-def _keeps_last(value: ir.Value, reshaped: ir.Value) -> bool:
-    """Whether a reshape leaves rows of the last axis as they are."""
-    if not value.shape or not reshaped.shape:
+def _undo_each_other(
+    source: Shape | None, flat: Shape | None, flat_outputs: Shape | None, outputs: Shape | None
+) -> bool:
+    """Whether rows of features stay together before the layer, rows of outputs behind it, and the axes over them
+    are the same in the end.
+    """
+    if not source or not flat or not flat_outputs or not outputs:
         return False
-    last = value.shape[-1]
-    return isinstance(last, int) and last > 0 and reshaped.shape[-1] == last
-
-
-def _leading(value: ir.Value) -> list[int | str] | None:
-    """Axes but the last; None where one is unknown, which is like no other."""
-    assert value.shape is not None
-    axes = [size if isinstance(size, int) else size.value for size in value.shape[:-1]]
-    return None if None in axes else [axis for axis in axes if axis is not None]
+    kept = source[-1] == flat[-1] and flat_outputs[-1] == outputs[-1]
+    return (
+        kept and all(isinstance(shape[-1], int) for shape in (flat, outputs)) and source[:-1] == outputs[:-1]
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lmkan_deploy.converters.passes.base import constant, is_op
+from lmkan_deploy.converters.passes.base import constant, is_op, known_shape
 
 _ABOVE, _BELOW = ("Greater", "GreaterOrEqual"), ("Less", "LessOrEqual")
 
@@ -14,11 +14,18 @@ def relu_input(value: ir.Value | None) -> ir.Value | None:
     and Max with 0, Where(x > 0, x, 0), x · (x > 0).
     """
     node = None if value is None else value.producer()
-    if node is None:
+    if value is None or node is None:
         return None
-    inputs = list(node.inputs)
     if is_op(node, "Relu"):
-        return inputs[0]
+        return node.inputs[0]
+    found = _written_out(node)
+    # Zeros may have more axes than x, which a fold would lose.
+    shape = None if found is None else known_shape(found)
+    return found if shape is not None and shape == known_shape(value) else None
+
+
+def _written_out(node: ir.Node) -> ir.Value | None:
+    inputs = list(node.inputs)
     if is_op(node, "Clip") and len(inputs) > 1 and inputs[2:] in ([], [None]):
         return inputs[0] if _is_zero(inputs[1]) else None
     if is_op(node, "Max") and len(inputs) == 2:
@@ -43,7 +50,7 @@ def _compares(condition: ir.Value | None, op_types: tuple[str, ...], x: ir.Value
 
 
 def _is_zero(value: ir.Value | None) -> bool:
-    """A constant of zeros, of any shape."""
+    """A constant 0, or one that is repeated."""
     node = None if value is None else value.producer()
     if node is not None and is_op(node, "Expand"):
         return _is_zero(node.inputs[0])
