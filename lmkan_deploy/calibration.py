@@ -12,7 +12,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lmkan_deploy.converters.onnx_function import attach_function
+from lmkan_deploy.converters.byte_scales import constant_scales, scale_bytes
+from lmkan_deploy.converters.onnx_function import attach_function, is_quantized_lookup
 from lmkan_deploy.converters.passes.base import (
     add_constant,
     all_lookups,
@@ -240,7 +241,9 @@ def _with_table_of(model: ir.Model, node: ir.Node, other: ir.Node) -> ir.Model:
     """A model in which one lookup node has the table of a node of another model."""
     result = model.clone()
     copy = next(n for n in lookups(result) if name_of(n) == name_of(node))
-    arrays = [constant(value) for value in other.inputs[1:]]
+    arrays = [constant(other.inputs[1])]
+    if is_quantized_lookup(other):
+        arrays.append(constant_scales(other))
     if any(array is None for array in arrays):
         raise ModelError(f"expected a constant table of {name_of(other)}, found a computed one")
     copy.op_type = other.op_type
@@ -263,5 +266,5 @@ def _bytes(node: ir.Node, dtype: str) -> int:
     pairs, points, _, outputs = _table_shape(node)
     entries = pairs * points * points * outputs
     if dtype == "int8":
-        return entries + 4 * pairs * outputs
+        return entries + scale_bytes(pairs, points - 1, outputs)
     return entries * (4 if dtype == "float32" else 2)

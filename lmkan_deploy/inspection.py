@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from lmkan_deploy.converters.byte_scales import scale_weights
 from lmkan_deploy.converters.model_file import initializer_bytes, load_model
 from lmkan_deploy.converters.onnx_function import is_lookup, is_quantized_lookup
 from lmkan_deploy.converters.passes import PASSES, noted_outcomes
@@ -29,6 +30,7 @@ class LookupLayer:
         parameters: Number of table entries.
         table_bytes: Their size, with the scales of an int8 table.
         multiply_adds: Multiply-adds a row: 4 for each pair and output.
+        table_of: An earlier layer that has the same table, which the file holds once; None for its first layer.
     """
 
     name: str
@@ -39,6 +41,7 @@ class LookupLayer:
     parameters: int
     table_bytes: int
     multiply_adds: int
+    table_of: str | None
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ def inspect_model(path: str | Path) -> ModelInfo:
     nodes = list(model.graph.all_nodes())
     layers = [node for node in nodes if _is_layer(node)]
     files = [path, Path(f"{path}.data")]
+    owners: dict[int, str] = {}
+    described = [layer for node in layers if (layer := _layer(node, owners)) is not None]
     applied, refused = noted_outcomes(model.metadata_props)
     return ModelInfo(
         path=str(path),
@@ -102,7 +107,7 @@ def inspect_model(path: str | Path) -> ModelInfo:
         opsets={domain or "ai.onnx": version for domain, version in model.opset_imports.items()},
         ir_version=model.ir_version,
         has_function=all((DOMAIN, node.op_type, "") in model.functions for node in layers),
-        layers=[layer for node in layers if (layer := _layer(node)) is not None],
+        layers=described,
         other_nodes=dict(Counter(node.op_type for node in nodes if not _is_layer(node)).most_common()),
         weight_bytes=initializer_bytes(model),
         metadata=dict(model.metadata_props),
@@ -116,23 +121,27 @@ def _is_layer(node: ir.Node) -> bool:
     return is_lookup(node) or is_quantized_lookup(node)
 
 
-def _layer(node: ir.Node) -> LookupLayer | None:
+def _layer(node: ir.Node, owners: dict[int, str]) -> LookupLayer | None:
+    """What a node is; `owners` gets the first node of each table."""
     table = node.inputs[1] if len(node.inputs) > 1 else None
     if table is None or table.shape is None or not all(isinstance(size, int) for size in table.shape):
         return None
     num_pairs, points, _, num_outputs = (int(size) for size in table.shape)  # type: ignore[arg-type]
     dtype = table.dtype or ir.DataType.FLOAT
     parameters = num_pairs * points * points * num_outputs
+    name = node.name or ""
+    owner = owners.get(id(table))
+    owners.setdefault(id(table), name)
     return LookupLayer(
-        name=node.name or "",
+        name=name,
         num_inputs=2 * num_pairs,
         num_outputs=num_outputs,
         num_grids=points - 1,
         table_dtype=dtype_name(dtype),
         parameters=parameters,
-        table_bytes=int(parameters * dtype.itemsize)
-        + (4 * num_pairs * num_outputs if is_quantized_lookup(node) else 0),
+        table_bytes=int(parameters * dtype.itemsize) + sum(weight.nbytes for weight in scale_weights(node)),
         multiply_adds=4 * num_pairs * num_outputs,
+        table_of=owner,
     )
 
 

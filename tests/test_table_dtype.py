@@ -6,16 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import lmkan_deploy
 from lmkan_deploy import report
+from lmkan_deploy.converters.byte_scales import from_bytes, to_bytes
+from lmkan_deploy.converters.model_file import load_model
+from lmkan_deploy.converters.table_dtype import store_scales
 from lmkan_deploy.errors import ExportError, InputError, VerificationError
 from lmkan_deploy.nn import LMKAN2DLayer
 from lmkan_deploy.runtime.runner import load_runner
-from lmkan_deploy.spec import OP_TYPE, TableDtype
+from lmkan_deploy.spec import OP_TYPE, QUANTIZED_OP_TYPE, TableDtype
 from networks import ExportedStack, UserModel, make_stack
 
 UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 2.0**-8}
@@ -55,15 +62,57 @@ def test_user_models_with_narrow_tables(dtype: str, user_model: UserModel, tmp_p
     assert max(error.values()) < 1.2 * min(error.values())
 
 
-def test_int8_files_are_a_quarter(tmp_path: Path) -> None:
-    torch.save(make_stack(32, 64, 64, 10, num_grids=12).state_dict(), tmp_path / "model.pt")
-    sizes = {
-        dtype: lmkan_deploy.export(
-            tmp_path / "model.pt", tmp_path / f"{dtype}.onnx", table_dtype=dtype
+@pytest.mark.parametrize("num_grids", [3, 4, 5, 6, 7, 12])
+def test_int8_files_are_a_quarter(num_grids: int, tmp_path: Path) -> None:
+    torch.save(make_stack(128, 512, 10, num_grids=num_grids).state_dict(), tmp_path / "model.pt")
+    sizes = {}
+    for dtype in ("float32", "int8"):
+        path = tmp_path / f"{dtype}.onnx"
+        sizes[dtype] = lmkan_deploy.export(
+            tmp_path / "model.pt", path, table_dtype=dtype, check=False
         ).info.file_bytes
-        for dtype in ("float32", "int8")
-    }
     assert sizes["int8"] <= 0.27 * sizes["float32"]
+    info = lmkan_deploy.inspect(tmp_path / "int8.onnx")
+    assert sum(layer.table_bytes for layer in info.layers) == info.weight_bytes
+    # Answers of the operator and of the function, of a model whose scales are stored otherwise, and of a session
+    # that leaves the scales to be computed in each call.
+    x = {"x": np.random.default_rng(0).standard_normal((37, 128), np.float32)}
+    y = load_runner(path).run(x)["y"]
+    function = load_runner(path, "onnxruntime-function").run(x)["y"]
+    np.testing.assert_allclose(function, y, atol=1e-3 * np.abs(y).max())
+    model = load_model(path)
+    store_scales(model)
+    ir.save(model, tmp_path / "stored.onnx")
+    assert {node.op_type for node in model.graph} == {QUANTIZED_OP_TYPE}
+    np.testing.assert_array_equal(load_runner(tmp_path / "stored.onnx").run(x)["y"], y)
+    options = ort.SessionOptions()
+    lmkan_deploy.register_custom_ops(options)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, x)[0], y)
+
+
+def test_scales_in_bytes_are_computed_when_a_model_is_loaded(stack: ExportedStack, tmp_path: Path) -> None:
+    result = lmkan_deploy.export(stack.checkpoint, tmp_path / "m.onnx", table_dtype="int8", check=False)
+    assert result.info.other_nodes == {"Cast": 2, "Mul": 2}
+    options = ort.SessionOptions()
+    lmkan_deploy.register_custom_ops(options)
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(result.path, options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(tmp_path / "optimized.onnx").graph
+    assert [node.op_type for node in optimized.node] == [QUANTIZED_OP_TYPE] * 2
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99), st.floats(0, 12))
+@settings(max_examples=100, deadline=None)
+def test_scales_in_bytes_clip_nothing(pairs: int, outputs: int, seed: int, spread: float) -> None:
+    exponents = np.random.default_rng(seed).uniform(-spread, spread, (pairs, outputs))
+    scales = (10.0**exponents).astype(np.float32)
+    scales[0, 0] = np.finfo(np.float32).tiny
+    rounded = from_bytes(*to_bytes(scales))
+    assert rounded.dtype == np.float32
+    assert (rounded >= (1 - 1e-6) * scales).all()
+    assert (rounded <= scales + (1 / 255 + 1e-6) * scales.max(axis=0)).all()
 
 
 def test_a_tighter_tolerance_than_the_type_gives_fails(stack: ExportedStack, tmp_path: Path) -> None:

@@ -29,23 +29,54 @@ def quantize_table(
 
     Args:
         table: [P, G + 1, G + 1, N_out].
+        importance: See `table_scales`.
+
+    Returns:
+        The integers, [P, G + 1, G + 1, N_out], and the scales, [P, N_out].
+    """
+    scales = table_scales(table, importance)
+    return round_table(table, scales), scales
+
+
+def table_scales(
+    table: NDArray[np.float32], importance: NDArray[np.float64] | None = None
+) -> NDArray[np.float32]:
+    """The scale of every pair and output.
+
+    Args:
+        table: [P, G + 1, G + 1, N_out].
         importance: Weight of the squared error of each entry, [P, G + 1, G + 1], as `corner_importance`
             gives it; every pair and output takes the scale with the least sum. None takes the scale that
             clips nothing.
 
     Returns:
-        The integers, [P, G + 1, G + 1, N_out], and the scales, [P, N_out].
+        [P, N_out], all positive.
     """
-    quantized = np.empty(table.shape, np.int8)
     scales = np.empty((table.shape[0], table.shape[3]), np.float32)
     for pair, entries in enumerate(table):  # one at a time, to bound the memory
         largest = np.abs(entries).max(axis=(0, 1))
-        scale = _scale(largest)
-        if importance is not None:
-            scale = _best_scale(entries, largest, importance[pair][:, :, None] + _PRIOR)
-        scales[pair] = scale
-        quantized[pair] = _round(entries, scale)
-    return quantized, scales
+        scales[pair] = (
+            _scale(largest)
+            if importance is None
+            else _best_scale(entries, largest, importance[pair][:, :, None] + _PRIOR)
+        )
+    return scales
+
+
+def round_table(table: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.int8]:
+    """The nearest integers.
+
+    Args:
+        table: [P, G + 1, G + 1, N_out].
+        scales: [P, N_out], positive.
+
+    Returns:
+        [P, G + 1, G + 1, N_out], clipped to -127 ... 127.
+    """
+    quantized = np.empty(table.shape, np.int8)
+    for pair, entries in enumerate(table):  # one at a time, to bound the memory
+        quantized[pair] = _round(entries, scales[pair])
+    return quantized
 
 
 def corner_importance(x: NDArray[Any], num_grids: int) -> NDArray[np.float64]:
@@ -76,9 +107,8 @@ def corner_importance(x: NDArray[Any], num_grids: int) -> NDArray[np.float64]:
 
 
 def _scale(largest: NDArray[Any]) -> NDArray[np.float32]:
-    scale = (largest / np.float32(LARGEST)).astype(np.float32)
-    # All integers are 0 where nothing is left to scale.
-    return np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
+    # Not 0 where there is nothing to scale.
+    return np.maximum(largest / np.float32(LARGEST), np.finfo(np.float32).tiny).astype(np.float32)
 
 
 def _round(entries: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.int8]:

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from lmkan_deploy.converters.byte_scales import (
+    add_byte_scales,
+    constant_scales,
+    from_bytes,
+    needs_byte_scales,
+    to_bytes,
+)
 from lmkan_deploy.converters.onnx_function import attach_function, is_lookup, is_quantized_lookup
 from lmkan_deploy.converters.passes.base import (
     Outcome,
     add_constant,
     constant,
+    drop_table,
     float32_table,
     lookups,
     name_of,
     replace_table,
     table_dtype_of,
 )
+from lmkan_deploy.converters.passes.clean_up import clean_up
 from lmkan_deploy.converters.passes.share_tables import share_tables
-from lmkan_deploy.converters.quantize import quantize_table
+from lmkan_deploy.converters.quantize import round_table, table_scales
 from lmkan_deploy.errors import ExportError
 from lmkan_deploy.reference import dequantize_table
 from lmkan_deploy.spec import OP_TYPE, QUANTIZED_OP_TYPE, TABLE_DTYPES, TableDtype
@@ -56,12 +66,14 @@ def narrow_tables(
     if importances is not None:
         importances = _together(nodes, chosen, importances)
     outcome = Outcome()
+    quantized: dict[int, _Quantized] = {}
     for index, (node, dtype) in enumerate(zip(nodes, chosen, strict=True)):
         table = float32_table(node)
         if table is None or dtype == "float32":
             continue
         if dtype == "int8":
-            _quantize(model.graph, node, table, None if importances is None else importances[index])
+            importance = None if importances is None else importances[index]
+            _quantize(model.graph, node, table, importance, quantized)
         elif not _round(model.graph, node, table, dtype, outcome):
             continue
         outcome.applied.append(f"{name_of(node)}: {dtype}")
@@ -119,15 +131,51 @@ def _round(
     return True
 
 
+class _Quantized(NamedTuple):
+    original: ir.Value
+    table: ir.Value
+    scale: ir.Value
+
+
 def _quantize(
-    graph: ir.Graph, node: ir.Node, table: NDArray[np.float32], importance: NDArray[np.float64] | None
+    graph: ir.Graph,
+    node: ir.Node,
+    table: NDArray[np.float32],
+    importance: NDArray[np.float64] | None,
+    quantized: dict[int, _Quantized],
 ) -> None:
-    quantized, scale = quantize_table(table, importance)
-    replace_table(graph, node, quantized)
-    value = add_constant(graph, f"{name_of(node)}.scale", scale)
+    """Gives a node an int8 table; nodes of one table have one again, in `quantized` by the table's identity."""
+    original = node.inputs[1]
+    assert original is not None
+    name = drop_table(graph, node)
+    if id(original) not in quantized:
+        scales = table_scales(table, importance)
+        if needs_byte_scales(table.shape[1] - 1):
+            multiple, step = to_bytes(scales)
+            scales = from_bytes(multiple, step)
+            scale = add_byte_scales(graph, node, f"{name_of(node)}.scale", multiple, step)
+        else:
+            scale = add_constant(graph, f"{name_of(node)}.scale", scales)
+        integers = add_constant(graph, name, round_table(table, scales))
+        quantized[id(original)] = _Quantized(original, integers, scale)
     node.resize_inputs(3)
-    node.replace_input_with(2, value)
+    node.replace_input_with(1, quantized[id(original)].table)
+    node.replace_input_with(2, quantized[id(original)].scale)
     node.op_type = QUANTIZED_OP_TYPE
+
+
+def store_scales(model: ir.Model) -> None:
+    """Stores the scales of int8 tables that a model computes of constants, where a runtime does not do so itself.
+
+    Args:
+        model: Changed in place.
+    """
+    for node in [node for node in model.graph if is_quantized_lookup(node)]:
+        scales = constant_scales(node)
+        if scales is not None and constant(node.inputs[2]) is None:
+            node.replace_input_with(2, add_constant(model.graph, f"{name_of(node)}.scale", scales))
+    share_tables(model)
+    clean_up(model)
 
 
 def dequantize_tables(model: ir.Model) -> None:
@@ -138,10 +186,11 @@ def dequantize_tables(model: ir.Model) -> None:
         model: Changed in place.
     """
     for node in [node for node in model.graph if is_quantized_lookup(node)]:
-        table, scale = constant(node.inputs[1]), constant(node.inputs[2])
+        table, scale = constant(node.inputs[1]), constant_scales(node)
         if table is None or scale is None:
             continue
         replace_table(model.graph, node, dequantize_table(table, scale).astype(np.float32))
         node.resize_inputs(2)
         node.op_type = OP_TYPE
+    clean_up(model)
     attach_function(model)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lmkan_deploy.converters.model_file import load_model, temporary_model
 from lmkan_deploy.converters.onnx_function import attach_function, is_lookup, is_quantized_lookup
 from lmkan_deploy.converters.passes.base import dtype_name
-from lmkan_deploy.converters.table_dtype import dequantize_tables
+from lmkan_deploy.converters.table_dtype import dequantize_tables, store_scales
 from lmkan_deploy.engines.device import compute_capability, cuda_version
 from lmkan_deploy.engines.manifest import Manifest, manifest_path
 from lmkan_deploy.engines.plugin import find_plugin, load_plugin
@@ -146,6 +146,7 @@ def _prepare(model: ir.Model, *, with_functions: bool) -> None:
         dequantize_tables(model)  # TensorRT takes int8 constants for plugins alone
         attach_function(model)
         return
+    store_scales(model)
     for key in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[key]
 

@@ -142,13 +142,20 @@ def dtype_name(dtype: ir.DataType) -> str:
 
 def replace_table(graph: ir.Graph, node: ir.Node, table: NDArray[Any]) -> None:
     """Gives a lookup node a new table; other nodes that share the old one keep it."""
+    name = drop_table(graph, node)
+    node.replace_input_with(1, add_constant(graph, name, table))
+
+
+def drop_table(graph: ir.Graph, node: ir.Node) -> str:
+    """Leaves a lookup node without its table, which goes unless another node uses it; returns its name."""
     old = node.inputs[1]
     assert old is not None
     name = old.name or f"{name_of(node)}.table"
-    if used_once(old) and old.is_initializer():
-        node.replace_input_with(1, None)
+    is_last = used_once(old) and old.is_initializer()
+    node.replace_input_with(1, None)
+    if is_last:
         graph.initializers.pop(name, None)
-    node.replace_input_with(1, add_constant(graph, name, table))
+    return name
 
 
 def add_constant(
