@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lmkan_deploy.version import __version__
 
 if TYPE_CHECKING:
-    from lmkan_deploy.api import ExportResult, OptimizeResult, export, inspect, optimize, run, verify
+    from lmkan_deploy.api import ExportResult, OptimizeResult, bench, export, inspect, optimize, run, verify
     from lmkan_deploy.checkpoints import Architecture, load_checkpoint
     from lmkan_deploy.errors import LmkanError
     from lmkan_deploy.runtime.libraries import get_library_path
@@ -30,6 +30,7 @@ _HOME = {
     "OptimizeResult": "lmkan_deploy.api",
     "LmkanError": "lmkan_deploy.errors",
     "Runner": "lmkan_deploy.runtime.runner",
+    "bench": "lmkan_deploy.api",
     "export": "lmkan_deploy.api",
     "get_library_path": "lmkan_deploy.runtime.libraries",
     "inspect": "lmkan_deploy.api",
@@ -49,6 +50,7 @@ __all__ = [
     "OptimizeResult",
     "Runner",
     "__version__",
+    "bench",
     "export",
     "get_library_path",
     "inspect",

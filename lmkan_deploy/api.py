@@ -1,4 +1,4 @@
-"""The command line's verbs as functions: `export`, `optimize`, `verify`, `run`, `inspect`."""
+"""The command line's verbs as functions: `export`, `optimize`, `verify`, `run`, `bench`, `inspect`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from lmkan_deploy.checkpoints import Architecture, Checkpoint
     from lmkan_deploy.converters.passes.base import Outcome, Pass
+    from lmkan_deploy.latency import Latency
     from lmkan_deploy.runtime.pytorch import TorchRunner
 
 Progress = Callable[[str], None]
@@ -77,6 +78,7 @@ def export(
     architecture: Architecture | str | None = None,
     input_shapes: Sequence[str] = (),
     trust_pickle: bool = False,
+    key: str | None = None,
     opset: int | None = None,
     passes: Sequence[str] | None = None,
     without_passes: Sequence[str] = (),
@@ -100,6 +102,7 @@ def export(
             `my_models:MethaneNet` is an importable factory without arguments.
         input_shapes: Such as `batch,12` or `x:batch,4,8,8`, where the shapes can't be inferred.
         trust_pickle: Whether the file may run code while it is loaded.
+        key: Which network, where a training script saved several in a dict: `ema`, or `state.ema`.
         opset: Version of ONNX's standard operators: 18 to 25; by default 20.
         passes: Names of the graph passes to run; None for all. `lmkan_deploy.converters.passes.PASSES`
             lists them.
@@ -138,7 +141,7 @@ def export(
     selected = select_passes(passes, without_passes)
     progress("loading the checkpoint")
     architecture = _architecture(architecture)
-    loaded = load_checkpoint(checkpoint, architecture, trust_pickle=trust_pickle)
+    loaded = load_checkpoint(checkpoint, architecture, trust_pickle=trust_pickle, key=key)
     if path is None:
         path = output_file(loaded.path.with_suffix(".onnx"))
     if path.exists() and path.samefile(checkpoint):
@@ -146,7 +149,7 @@ def export(
     progress("exporting to ONNX")
     specs = _input_specs(loaded, input_shapes)
     model = _convert(loaded, specs, opset, selected)
-    model.metadata_props.update(_provenance(loaded, architecture, input_shapes))
+    model.metadata_props.update(_provenance(loaded, architecture, input_shapes, key))
     limits = {} if loaded.program is None else program_limits(loaded.program)
     note_limits(model.metadata_props, limits)
     names = [str(value.name) for value in model.graph.outputs]
@@ -279,6 +282,7 @@ def verify(
     architecture: Architecture | str | None = None,
     input_shapes: Sequence[str] = (),
     trust_pickle: bool = False,
+    key: str | None = None,
     inputs: Mapping[str, NDArray[Any]] | None = None,
     outputs: Mapping[str, NDArray[Any]] | None = None,
     reference_model: str | Path | None = None,
@@ -302,6 +306,7 @@ def verify(
         architecture: For the checkpoint; see `export`.
         input_shapes: For the checkpoint; see `export`.
         trust_pickle: For the checkpoint; see `export`.
+        key: For the checkpoint; see `export`.
         inputs: Inputs by name, compared besides random ones. Required with `outputs`, which then are the
             only case.
         outputs: Expected outputs by name.
@@ -352,7 +357,7 @@ def verify(
         _require_pytorch()
         from lmkan_deploy.checkpoints import load_checkpoint
 
-        loaded = load_checkpoint(checkpoint, _architecture(architecture), trust_pickle=trust_pickle)
+        loaded = load_checkpoint(checkpoint, _architecture(architecture), trust_pickle=trust_pickle, key=key)
         names = [spec.name for spec in runners[0].outputs]
         reference = _torch_runner(loaded, _input_specs(loaded, input_shapes), names)
     elif reference_model is not None:
@@ -401,6 +406,69 @@ def run(
         model, runtime, threads=threads, device=device, plugin=plugin, cuda_graphs=cuda_graphs
     )
     return runner.run(feeds)
+
+
+def bench(
+    models: str | Path | Sequence[str | Path],
+    *,
+    runtimes: Sequence[RuntimeName] = ("onnxruntime",),
+    batch_sizes: Sequence[int] = (1, 64, 1024),
+    inputs: Feeds | None = None,
+    threads: int | None = None,
+    device: int = 0,
+    plugin: str | Path | None = None,
+    cuda_graphs: bool = False,
+    seconds: float = 1.0,
+    seed: int = 0,
+    progress: Progress = lambda _: None,
+) -> list[Latency]:
+    """Times models, in turns: an exported network against the MLP it replaces, or against its own fallback.
+
+    A call goes from arrays in the host's memory to arrays there. Random inputs differ from call to call.
+
+    Args:
+        models: ONNX files, of any network, and engines.
+        runtimes: What to run each ONNX file with; see `RuntimeName`. An engine has one of its own.
+        batch_sizes: Sizes of the free axes of random inputs.
+        inputs: Inputs to time instead of random ones.
+        threads: Threads of one call on the CPU; None leaves the choice to the runtime.
+        device: See `load_runner`.
+        plugin: See `load_runner`.
+        cuda_graphs: See `load_runner`.
+        seconds: For each model at each batch size.
+        seed: Of the random inputs.
+        progress: Called with a line at each step.
+
+    Returns:
+        By batch size, then in the order of models and runtimes.
+
+    Raises:
+        LmkanError: A model can't be loaded, or does not take an input.
+    """
+    from lmkan_deploy.latency import Contender, measure
+
+    paths = [models] if isinstance(models, (str, Path)) else list(models)
+    contenders = []
+    for path in paths:
+        progress(f"loading {path}")
+        is_engine = Path(path).suffix == ".engine"
+        chosen: Sequence[RuntimeName] = ["onnxruntime"] if is_engine else runtimes
+        for name in chosen:
+            runner = load_runner(
+                path,
+                name,
+                threads=threads,
+                device=device if is_engine or name == "onnxruntime-cuda" else 0,
+                plugin=plugin if is_engine else None,
+                cuda_graphs=cuda_graphs and is_engine,
+            )
+            given = None if inputs is None else _feeds(inputs, [spec.name for spec in runner.inputs])
+            contenders.append(Contender(str(path), runner, given, _limits_of(path, None)))
+    free = any(
+        not isinstance(size, int) for c in contenders for spec in c.runner.inputs for size in spec.shape
+    )
+    sizes = batch_sizes if free and inputs is None else batch_sizes[:1]
+    return measure(contenders, sizes, seconds=seconds, seed=seed, progress=progress)
 
 
 def inspect(model: str | Path) -> ModelInfo:
@@ -607,7 +675,7 @@ def _torch_runner(
 
 
 def _provenance(
-    checkpoint: Checkpoint, architecture: Architecture | None, input_shapes: Sequence[str]
+    checkpoint: Checkpoint, architecture: Architecture | None, input_shapes: Sequence[str], key: str | None
 ) -> dict[str, str]:
     import onnx
     import torch
@@ -615,6 +683,8 @@ def _provenance(
     options: dict[str, Any] = {"input_shapes": list(_texts(input_shapes))}
     if architecture is not None and architecture.factory is not None:
         options |= {"arch": architecture.factory, "arch_args": architecture.arguments}
+    if key is not None:
+        options["key"] = key
     return {
         "lmkan_deploy.version": __version__,
         "lmkan_deploy.checkpoint": checkpoint.path.name,

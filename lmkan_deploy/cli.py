@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from lmkan_deploy.commands.bench import bench
 from lmkan_deploy.commands.build import build
 from lmkan_deploy.commands.export import export
 from lmkan_deploy.commands.inspect import inspect
@@ -61,7 +62,7 @@ def main_options(
         logging.getLogger("lmkan_deploy").setLevel(logging.DEBUG)
 
 
-for _command in (export, optimize, build, verify, run, inspect, serve, package):
+for _command in (export, optimize, build, verify, run, bench, inspect, serve, package):
     app.command()(_command)
 app.add_typer(plugins)
 

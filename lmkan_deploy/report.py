@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -11,6 +13,7 @@ from rich.text import Text
 from lmkan_deploy.api import ExportResult, OptimizeResult
 from lmkan_deploy.engines.manifest import Manifest
 from lmkan_deploy.inspection import ModelInfo
+from lmkan_deploy.latency import Latency
 from lmkan_deploy.spec import TABLE_DTYPES
 from lmkan_deploy.verification import RANDOM_CASE, Comparison, TableCosts, Verification
 
@@ -130,6 +133,46 @@ def _failure(comparison: Comparison) -> str:
     return f"first bad element {comparison.output}[{index}]: expected {expected:.9g}, found {found:.9g}"
 
 
+def print_latencies(latencies: Sequence[Latency]) -> None:
+    """A table for each batch size."""
+    several = len({latency.runtime for latency in latencies}) > 1
+    for batch in dict.fromkeys(latency.batch for latency in latencies):
+        table = Table(
+            title=f"batch {batch}",
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("model", overflow="fold")
+        for name in ("median", "p90", "p99", "rows/s", "time / first"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for latency in (each for each in latencies if each.batch == batch):
+            name = f"{latency.model}, {latency.runtime}" if several else latency.model
+            times = (_time(value) for value in (latency.median, latency.p90, latency.p99))
+            ratio = "" if latency.ratio is None else "{} ({} to {})".format(*map(_ratio, latency.ratio))
+            table.add_row(Text(name), *times, _count(latency.rows_per_second), ratio)
+        _console.print(table)
+
+
+def _time(seconds: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def _ratio(number: float) -> str:
+    return f"{number:.2f}" if number < 10 else f"{number:.3g}"
+
+
+def _count(number: float) -> str:
+    for unit, factor in (("M", 1e6), ("k", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:.3g}"
+
+
 def print_engine(path: Path, manifest: Manifest) -> None:
     """What an engine is and needs."""
     _print((str(path), "bold"), f"  {_bytes(path.stat().st_size)}, {manifest.lookup_layers} lookup layers")
@@ -197,16 +240,18 @@ def _print_layers(info: ModelInfo) -> None:
     for name in ("N_in", "N_out", "G", "parameters", "table", "type", "mult-adds"):
         table.add_column(name, justify="right", no_wrap=True)
     for layer in info.layers:
+        shared = layer.table_of is not None
         table.add_row(
             Text(layer.name),
             str(layer.num_inputs),
             str(layer.num_outputs),
             str(layer.num_grids),
-            f"{layer.parameters:,}",
-            _bytes(layer.table_bytes),
+            Text(f"as {layer.table_of}") if shared else f"{layer.parameters:,}",
+            "" if shared else _bytes(layer.table_bytes),
             layer.table_dtype,
             f"{layer.multiply_adds:,}",
         )
+    owners = [layer for layer in info.layers if layer.table_of is None]
     if len(info.layers) > 1:
         table.add_section()
         table.add_row(
@@ -214,8 +259,8 @@ def _print_layers(info: ModelInfo) -> None:
             "",
             "",
             "",
-            f"{sum(layer.parameters for layer in info.layers):,}",
-            _bytes(sum(layer.table_bytes for layer in info.layers)),
+            f"{sum(layer.parameters for layer in owners):,}",
+            _bytes(sum(layer.table_bytes for layer in owners)),
             "",
             f"{sum(layer.multiply_adds for layer in info.layers):,}",
         )

@@ -172,7 +172,7 @@ def random_cases(
     cases = {}
     for index in range(len(sizes)):
         chosen = {
-            name: _within(limits.get(name or ""), sizes[(index + ahead) % len(sizes)])
+            name: within(limits.get(name or ""), sizes[(index + ahead) % len(sizes)])
             for ahead, name in enumerate(free)
         }
         case = f"{RANDOM_CASE} {' x '.join(map(str, chosen.values()))}"
@@ -180,7 +180,8 @@ def random_cases(
     return cases
 
 
-def _within(limits: AxisLimits | None, size: int) -> int:
+def within(limits: AxisLimits | None, size: int) -> int:
+    """The size nearest to a wanted one that an axis may have."""
     least, most = limits or (0, None)
     return max(least, size if most is None else min(size, most))
 

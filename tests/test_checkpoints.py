@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import pickle
@@ -170,9 +171,46 @@ def test_ambiguous_checkpoints_are_refused(user_model: UserModel, tmp_path: Path
         torch.save(content, tmp_path / "model.pt")
         with pytest.raises(CheckpointError, match=message):
             lmkan_deploy.load_checkpoint(tmp_path / "model.pt", user_model.architecture)
+    # A key chooses.
+    other = {name: value + 1 for name, value in state.items()}
+    for content, key in (
+        ({"model": other, "model_ema": state}, "model_ema"),
+        ({"nets": {"a": other, "b": state}}, "nets.b"),
+        (
+            {f"model.{name}": value for name, value in other.items()}
+            | {f"ema.{n}": v for n, v in state.items()},
+            "ema",
+        ),
+        ({"state": {f"ema.net.{n}": v for n, v in state.items()}, "epoch": 3}, "state.ema.net."),
+        ({"state": {f"ema.module.{n}": v for n, v in state.items()} | {"n": torch.ones(1)}}, "state.ema"),
+    ):
+        torch.save(content, tmp_path / "model.pt")
+        checkpoint = lmkan_deploy.load_checkpoint(tmp_path / "model.pt", user_model.architecture, key=key)
+        assert_close(outputs(checkpoint, user_model.x), user_model.y)
+        for wrong in ("nothing", "model_em", "nets.b.c"):
+            with pytest.raises(CheckpointError, match="expected a network under --key .*, found a dict with"):
+                lmkan_deploy.load_checkpoint(tmp_path / "model.pt", user_model.architecture, key=wrong)
     scaled = {"model": state, "scaler": {"mean": torch.zeros(3)}}  # tensors, but not of a network
     torch.save(scaled, tmp_path / "model.pt")
     lmkan_deploy.load_checkpoint(tmp_path / "model.pt", user_model.architecture)
+
+
+def test_modules_in_a_dict(user_model: UserModel, tmp_path: Path) -> None:
+    with Architecture(path=DATA).importable():
+        module = torch.load(user_model.pickled, weights_only=False)
+        content = {"model": module, "optimizer": {"state": {}}, "epoch": 3}
+        torch.save(content, tmp_path / "model.pt")
+        torch.save(content | {"ema": module}, tmp_path / "two.pt")
+    load = functools.partial(lmkan_deploy.load_checkpoint, architecture=Architecture(path=DATA))
+    with pytest.raises(CheckpointError, match="--trust-pickle"):
+        load(tmp_path / "model.pt")
+    checkpoint = load(tmp_path / "model.pt", trust_pickle=True)
+    assert checkpoint.kind == "pickled module"
+    assert_close(outputs(checkpoint, user_model.x), user_model.y)
+    with pytest.raises(CheckpointError, match="found several, under model, ema; pass --key"):
+        load(tmp_path / "two.pt", trust_pickle=True)
+    checkpoint = load(tmp_path / "two.pt", trust_pickle=True, key="ema")
+    assert_close(outputs(checkpoint, user_model.x), user_model.y)
 
 
 def test_arguments_of_the_factory() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lmkan_deploy
-from lmkan_deploy import Architecture, api
+from lmkan_deploy import Architecture, api, report
 from lmkan_deploy.checkpoints.input_shapes import input_specs, parse_input_shape
 from lmkan_deploy.converters.model_file import staged_model
 from lmkan_deploy.converters.torch_to_onnx import to_onnx
@@ -156,7 +156,9 @@ def test_convolutional_networks(form: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(load_runner(path, runtime).run({"x": x})["y"], want, rtol=1e-4, atol=1e-5)
 
 
-def test_several_inputs_and_outputs_keep_their_names(tmp_path: Path) -> None:
+def test_several_inputs_and_outputs_keep_their_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Net(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -172,6 +174,11 @@ def test_several_inputs_and_outputs_keep_their_names(tmp_path: Path) -> None:
     assert [spec.name for spec in runner.outputs] == ["y0", "y1"]
     assert [node.name for node in lookups(path)] == ["shared", "shared_2"]
     assert len({node.input[1] for node in lookups(path)}) == 1  # one table, used twice
+    info = lmkan_deploy.inspect(path)
+    assert [layer.table_of for layer in info.layers] == [None, "shared"]
+    report.print_model(info)
+    total = next(line for line in capsys.readouterr().out.splitlines() if "total" in line)
+    assert "432" in total  # entries of one table
     rng = np.random.default_rng(0)
     feeds = {
         name: rng.standard_normal((size, 4)).astype(np.float32) for name, size in (("left", 3), ("right", 5))

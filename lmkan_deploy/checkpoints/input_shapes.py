@@ -176,7 +176,8 @@ def _inferred(module: nn.Module, required: list[str]) -> TensorSpec:
         )
     name = required[0]
     dtype = str(layer.func_parameter.dtype).removeprefix("torch.")
-    spec = TensorSpec(name, (BATCH, layer.input_dim), dtype)
+    features = 2 * layer.func_parameter.shape[3]  # pickles of older classes lack input_dim
+    spec = TensorSpec(name, (BATCH, features), dtype)
     try:
         with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
             outputs = [_leaves(module, name, *example_inputs([spec], {BATCH: size})) for size in (2, 3)]
@@ -190,8 +191,8 @@ def _inferred(module: nn.Module, required: list[str]) -> TensorSpec:
     if depend:
         raise CheckpointError(
             f"can't infer the shape of the input {name}: the rows of {spec} depend on each other, as those of a "
-            f"sequence do; pass --input-shape, such as --input-shape {name}:batch,length,{layer.input_dim}, or "
-            f"--input-shape {name}:batch,{layer.input_dim} if it is right"
+            f"sequence do; pass --input-shape, such as --input-shape {name}:batch,length,{features}, or "
+            f"--input-shape {name}:batch,{features} if it is right"
         )
     return spec
 

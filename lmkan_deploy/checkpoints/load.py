@@ -47,7 +47,11 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    path: str | Path, architecture: Architecture | None = None, *, trust_pickle: bool = False
+    path: str | Path,
+    architecture: Architecture | None = None,
+    *,
+    trust_pickle: bool = False,
+    key: str | None = None,
 ) -> Checkpoint:
     """Loads a network from a state dict, a `torch.export` archive, or a pickled module.
 
@@ -59,6 +63,7 @@ def load_checkpoint(
         architecture: Builds the network of a state dict. Not needed for a plain stack of lookup and
             BatchNorm layers, nor for the other kinds (its folder helps a pickle to find its classes).
         trust_pickle: Whether a file may run code while it is loaded.
+        key: Which network, where a training script saved several in a dict: `ema`, or `state.ema`.
 
     Raises:
         CheckpointError: The file can't be read, needs trust, or does not fit the architecture; or the
@@ -68,11 +73,13 @@ def load_checkpoint(
     architecture = architecture or Architecture()
     _check_file(path)
     if is_exported_program(path):
+        if key is not None:
+            raise CheckpointError(f"expected a file of several networks with --key, found the archive {path}")
         program = load_exported_program(path, trust=trust_pickle)
         checkpoint = Checkpoint(path, "exported program", program.module(), program)
     else:
         content = _load_content(path, architecture, trust_pickle)
-        checkpoint = _from_content(path, content, architecture)
+        checkpoint = _from_content(path, content, architecture, key)
     _check_values(checkpoint)
     return checkpoint
 
@@ -142,10 +149,10 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _from_content(path: Path, content: Any, architecture: Architecture) -> Checkpoint:
-    if isinstance(content, nn.Module):
-        return Checkpoint(path, "pickled module", _prepare(_unwrapped(content)))
-    state = unwrap(content, path)
+def _from_content(path: Path, content: Any, architecture: Architecture, key: str | None) -> Checkpoint:
+    state = unwrap(content, path, key)
+    if isinstance(state, nn.Module):
+        return Checkpoint(path, "pickled module", _prepare(_unwrapped(state)))
     if architecture.factory is not None:
         module = _unwrapped(architecture.build())
         notes = fill(module, state, architecture.factory)

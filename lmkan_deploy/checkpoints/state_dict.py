@@ -25,30 +25,42 @@ _DEPTH = 3
 _TABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    """The one state dict in a checkpoint's content: itself, or in dicts that a training script put around it.
+def unwrap(content: Any, path: Path, key: str | None = None) -> dict[str, Tensor] | nn.Module:
+    """The one network in a checkpoint's content: itself, or in dicts that a training script put around it.
 
     Args:
         content: What the file holds.
         path: The file, for messages.
+        key: Where it lies, where there are several: keys of dicts, joined by dots.
+
+    Returns:
+        A state dict, or the module where the file holds one.
 
     Raises:
         CheckpointError: There is none, there are several, or one holds tensors that can't be read.
     """
-    found = list(_state_dicts(content, ()))
+    found = list(_networks(content, ()))
+    if key is not None:
+        found = [((key,), network) for each in found if (network := _under(key, *each))]
+        if not found:
+            raise CheckpointError(
+                f"expected a network under --key {key} in {path}, found {_described(content)}"
+            )
     # Beside the network, scripts save other tensors by name, such as the statistics of the data.
-    found = [(keys, state) for keys, state in found if any(map(_is_table, state))] or found
+    found = [(keys, network) for keys, network in found if _has_tables(network)] or found
     if len(found) > 1:
         places = ", ".join(".".join(keys) for keys, _ in found[:5])
         raise CheckpointError(
-            f"expected one state dict in {path}, found several, under {places}; save the one to export alone"
+            f"expected one network in {path}, found several, under {places}; pass --key with the one to export"
         )
     if not found:
         raise CheckpointError(f"expected a state dict or a module in {path}, found {_described(content)}")
-    state = dict(found[0][1])
-    for key, value in state.items():
-        _check_readable(key, value)
-    return _without_prefixes(state)
+    network = found[0][1]
+    if isinstance(network, nn.Module):
+        return network
+    for name, value in network.items():
+        _check_readable(name, value)
+    return _without_prefixes(dict(network))
 
 
 def _without_prefixes(entries: dict[str, _T]) -> dict[str, _T]:
@@ -58,17 +70,37 @@ def _without_prefixes(entries: dict[str, _T]) -> dict[str, _T]:
     return entries
 
 
-def _state_dicts(
+def _networks(
     content: Any, keys: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], Mapping[str, Tensor]]]:
-    """Every state dict inside a checkpoint's content, with the keys that lead to it."""
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, Tensor] | nn.Module]]:
+    """Every module and state dict inside a checkpoint's content, with the keys that lead to it."""
+    if isinstance(content, nn.Module):
+        yield keys, content
     if not isinstance(content, Mapping) or not content or not all(isinstance(key, str) for key in content):
         return
     if all(isinstance(value, Tensor) for value in content.values()):
         yield keys, content
     elif len(keys) < _DEPTH:
         for key, value in content.items():
-            yield from _state_dicts(value, (*keys, key))
+            yield from _networks(value, (*keys, key))
+
+
+def _under(
+    key: str, keys: tuple[str, ...], network: Mapping[str, Tensor] | nn.Module
+) -> Mapping[str, Tensor] | nn.Module | None:
+    """What lies under a key: the network itself, or the part of its state whose keys begin with the rest."""
+    if ".".join(keys) == key:
+        return network
+    prefix = "".join(f"{each}." for each in keys)
+    if isinstance(network, nn.Module) or not key.startswith(prefix):
+        return None
+    rest = key.removeprefix(prefix).removesuffix(".") + "."
+    return {name.removeprefix(rest): value for name, value in network.items() if name.startswith(rest)}
+
+
+def _has_tables(network: Mapping[str, Tensor] | nn.Module) -> bool:
+    state = network.state_dict() if isinstance(network, nn.Module) else network
+    return any(map(_is_table, state))
 
 
 def _is_table(key: str) -> bool:
@@ -163,8 +195,8 @@ def _select(
     fitting = [p for p in prefixes if {k for k in state if k.startswith(p)} == {p + k for k in plain}]
     if len(fitting) > 1:
         raise CheckpointError(
-            f"expected one set of weights for {factory}, found several, under {', '.join(fitting)}; save the "
-            "one to export alone"
+            f"expected one set of weights for {factory}, found several, under {', '.join(fitting)}; pass "
+            "--key with the one to export"
         )
     if not fitting:
         return {plain.get(key, key): value for key, value in state.items()}, []

@@ -18,6 +18,7 @@ from lmkan_deploy.commands.options import (
     ExternalData,
     InputsFile,
     InputShape,
+    Key,
     MaxError,
     NoPasses,
     Passes,
@@ -53,6 +54,7 @@ def export(
     arch_args: ArchArgs = None,
     input_shape: InputShape = None,
     trust_pickle: TrustPickle = False,
+    key: Key = None,
     opset: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
@@ -114,6 +116,7 @@ def export(
             architecture=architecture(arch, arch_path, arch_args),
             input_shapes=input_shape or [],
             trust_pickle=trust_pickle,
+            key=key,
             opset=opset,
             passes=passes,
             without_passes=no_passes or [],

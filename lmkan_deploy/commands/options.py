@@ -49,6 +49,14 @@ TrustPickle = Annotated[
         help="Load a file that can run code, such as a pickled module. Only for files you made or trust.",
     ),
 ]
+Key = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--key",
+        metavar="NAME",
+        help="Which network of CHECKPOINT, where it holds several in a dict: ema, or state.ema.",
+    ),
+]
 RelativeTolerance = Annotated[
     Optional[float],  # noqa: UP045
     typer.Option(

@@ -18,6 +18,7 @@ from lmkan_deploy.commands.options import (
     Device,
     InputsFile,
     InputShape,
+    Key,
     Plugin,
     Quiet,
     RelativeTolerance,
@@ -47,6 +48,7 @@ def verify(
     arch_args: ArchArgs = None,
     input_shape: InputShape = None,
     trust_pickle: TrustPickle = False,
+    key: Key = None,
     inputs: InputsFile = None,
     outputs: Annotated[
         Optional[Path],  # noqa: UP045
@@ -122,7 +124,7 @@ def verify(
         raise InputError(
             "expected one of --checkpoint, --reference and --outputs, and --outputs without --batch, found more"
         )
-    if checkpoint is None and (arch or arch_path or arch_args or input_shape or trust_pickle):
+    if checkpoint is None and (arch or arch_path or arch_args or input_shape or trust_pickle or key):
         raise InputError(
             "expected a --checkpoint with the options that say how to load it, found none; pass -c"
         )
@@ -135,6 +137,7 @@ def verify(
             architecture=architecture(arch, arch_path, arch_args),
             input_shapes=input_shape or [],
             trust_pickle=trust_pickle,
+            key=key,
             inputs=feeds,
             outputs=expected,
             reference_model=reference,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,20 @@ class OnnxRuntimeRunner:
         except Exception as error:
             raise InputError(f"ONNX Runtime could not run the model: {error}") from error
         return {spec.name: array for spec, array in zip(self.outputs, results, strict=True)}
+
+    def bind(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], object]:
+        """The session's own call on inputs that are checked and tried here.
+
+        Args:
+            feeds: See `Runner.run`.
+
+        Raises:
+            InputError: The arrays don't fit the inputs.
+        """
+        self.run(feeds)
+        if self._has_bfloat16:
+            return functools.partial(self._run_ort_values, feeds)
+        return functools.partial(self.session.run, None, dict(feeds))
 
     def _run_ort_values(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
         """Through OrtValue, because NumPy alone has no bfloat16."""
