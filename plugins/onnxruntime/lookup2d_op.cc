@@ -39,7 +39,7 @@ OrtStatus* GetKnownShape(const OrtApi* api, const OrtShapeInferContext* context,
 // y has x's dimensions, the last one replaced by the table's last. Nothing is said where a rank is
 // unknown (0 here); mistakes are reported by the computation, which knows the node's name.
 OrtStatus* ORT_API_CALL InferShape(const OrtCustomOp* op, OrtShapeInferContext* context) {
-  const OrtApi* api = Self(op).api;
+  const OrtApi* api = Self(op).runtime.api;
   KnownShape x, table;
   if (OrtStatus* error = GetKnownShape(api, context, 0, &x)) return error;
   if (OrtStatus* error = GetKnownShape(api, context, 1, &table)) return error;
@@ -59,12 +59,12 @@ OrtStatus* ORT_API_CALL InferShape(const OrtCustomOp* op, OrtShapeInferContext* 
 
 }  // namespace
 
-Lookup2dOp MakeLookup2dOp(size_t index, const Provider& provider, const OrtApi* api) {
+Lookup2dOp MakeLookup2dOp(size_t index, const Provider& provider, const Runtime& runtime) {
   Lookup2dOp op = {};
   op.version = kOrtApiVersion;
   op.x_dtype = static_cast<lmkan_dtype>(index % 3);
   op.table_dtype = static_cast<lmkan_dtype>(index / 3);
-  op.api = api;
+  op.runtime = runtime;
   op.GetName = [](const OrtCustomOp* self) { return Self(self).name(); };
   op.GetExecutionProviderType = provider.type;
   op.GetInputTypeCount = [](const OrtCustomOp* self) -> size_t {

@@ -4,6 +4,7 @@
 #define LMKAN_ONNXRUNTIME_LOOKUP2D_OP_H_
 
 #include <cstddef>
+#include <cstdint>
 
 #include "lmkan/lookup2d.h"
 #include "onnxruntime_c_api.h"
@@ -13,11 +14,22 @@ namespace lmkan::ort {
 // ONNX Runtime 1.17 brought the last functions used here (ParallelFor, shape inference).
 inline constexpr uint32_t kOrtApiVersion = 17;
 
+// Shows a tensor's type and shape where they lie. Copying them instead takes several allocations.
+using ShapeReference = OrtStatusPtr(ORT_API_CALL*)(const OrtValue* value,
+                                                   ONNXTensorElementDataType* type,
+                                                   const int64_t** dims, size_t* rank);
+
+// What the operators use of ONNX Runtime.
+struct Runtime {
+  const OrtApi* api;
+  ShapeReference shape_reference;  // null before ONNX Runtime 1.24
+};
+
 // A definition, followed by what the callbacks need.
 struct Lookup2dOp : OrtCustomOp {
   lmkan_dtype x_dtype;
   lmkan_dtype table_dtype;
-  const OrtApi* api;
+  Runtime runtime;
 
   bool is_quantized() const { return table_dtype == LMKAN_INT8; }
   const char* name() const { return is_quantized() ? "LMKAN2DQuantized" : "LMKAN2D"; }
@@ -44,7 +56,7 @@ extern const Provider kCudaProvider;
 inline constexpr size_t kNumLookup2dOps = 12;
 
 // Definition `index`, 0 ... kNumLookup2dOps - 1.
-Lookup2dOp MakeLookup2dOp(size_t index, const Provider& provider, const OrtApi* api);
+Lookup2dOp MakeLookup2dOp(size_t index, const Provider& provider, const Runtime& runtime);
 
 }  // namespace lmkan::ort
 

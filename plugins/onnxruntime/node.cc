@@ -1,5 +1,6 @@
 #include "node.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <new>
@@ -24,22 +25,45 @@ struct Shape {
   }
 };
 
-OrtStatus* GetShape(const Node& node, const char* name, const OrtValue* value, Shape* shape) {
+OrtStatus* CheckRank(const Node& node, const char* name, size_t rank) {
+  if (rank <= kMaxRank) return nullptr;
+  char text[kMessageSize];
+  std::snprintf(text, sizeof text, "expected %s of rank %zu at most, found rank %zu", name,
+                kMaxRank, rank);
+  return Error(node, text);
+}
+
+OrtStatus* CopyDims(const Node& node, const char* name, const OrtValue* value, Shape* shape) {
   const OrtApi* api = node.api;
   OrtTensorTypeAndShapeInfo* info = nullptr;
   if (OrtStatus* error = api->GetTensorTypeAndShape(value, &info)) return error;
   OrtStatus* error = api->GetDimensionsCount(info, &shape->rank);
-  if (error == nullptr && shape->rank > kMaxRank) {
-    char text[kMessageSize];
-    std::snprintf(text, sizeof text, "expected %s of rank %zu at most, found rank %zu", name,
-                  kMaxRank, shape->rank);
-    error = Error(node, text);
-  }
+  if (error == nullptr) error = CheckRank(node, name, shape->rank);
   if (error == nullptr) error = api->GetDimensions(info, shape->dims, shape->rank);
   api->ReleaseTensorTypeAndShapeInfo(info);
-  shape->count = 1;
-  for (size_t i = 0; error == nullptr && i < shape->rank; ++i) shape->count *= shape->dims[i];
   return error;
+}
+
+OrtStatus* ReadDims(const Node& node, const char* name, const OrtValue* value, Shape* shape) {
+  ONNXTensorElementDataType type;
+  const int64_t* dims = nullptr;
+  if (OrtStatus* error = node.op->runtime.shape_reference(value, &type, &dims, &shape->rank)) {
+    return error;
+  }
+  if (OrtStatus* error = CheckRank(node, name, shape->rank)) return error;
+  std::copy_n(dims, shape->rank, shape->dims);
+  return nullptr;
+}
+
+OrtStatus* GetShape(const Node& node, const char* name, const OrtValue* value, Shape* shape) {
+  const bool in_place = node.op->runtime.shape_reference != nullptr;
+  if (OrtStatus* error =
+          in_place ? ReadDims(node, name, value, shape) : CopyDims(node, name, value, shape)) {
+    return error;
+  }
+  shape->count = 1;
+  for (size_t i = 0; i < shape->rank; ++i) shape->count *= shape->dims[i];
+  return nullptr;
 }
 
 // The C API has no read-only access; nothing is written through the pointer.

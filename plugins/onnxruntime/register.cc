@@ -1,4 +1,5 @@
 // Entry point that ONNX Runtime looks up by name (SessionOptions.register_custom_ops_library).
+#include <cstdio>
 #include <iterator>
 
 #include "lookup2d_op.h"
@@ -13,17 +14,34 @@ const lmkan::ort::Provider* const kProviders[] = {
 #endif
 };
 
+// Older releases complain on stderr when they are asked for a newer API, so their version comes
+// first.
+lmkan::ort::ShapeReference FindShapeReference(const OrtApiBase* base) {
+#if ORT_API_VERSION >= 24
+  int major = 0, minor = 0;
+  if (std::sscanf(base->GetVersionString(), "%d.%d", &major, &minor) == 2 &&
+      (major > 1 || minor >= 24)) {
+    const OrtApi* api = base->GetApi(24);
+    if (api != nullptr) return api->GetTensorElementTypeAndShapeDataReference;
+  }
+#else
+  static_cast<void>(base);
+#endif
+  return nullptr;
+}
+
 // One domain for all sessions of the process: ONNX Runtime keeps pointers to it and to the
 // definitions.
-OrtStatus* GetDomain(const OrtApi* api, OrtCustomOpDomain** result) {
+OrtStatus* GetDomain(const OrtApiBase* base, const OrtApi* api, OrtCustomOpDomain** result) {
   using lmkan::ort::kNumLookup2dOps;
   static lmkan::ort::Lookup2dOp ops[std::size(kProviders)][kNumLookup2dOps];
   static OrtCustomOpDomain* domain = nullptr;
-  static OrtStatus* const status = [api]() -> OrtStatus* {
+  static OrtStatus* const status = [base, api]() -> OrtStatus* {
+    const lmkan::ort::Runtime runtime = {api, FindShapeReference(base)};
     if (OrtStatus* error = api->CreateCustomOpDomain("lmkan", &domain)) return error;
     for (size_t p = 0; p < std::size(kProviders); ++p) {
       for (size_t i = 0; i < kNumLookup2dOps; ++i) {
-        ops[p][i] = lmkan::ort::MakeLookup2dOp(i, *kProviders[p], api);
+        ops[p][i] = lmkan::ort::MakeLookup2dOp(i, *kProviders[p], runtime);
         if (OrtStatus* error = api->CustomOpDomain_Add(domain, &ops[p][i])) return error;
       }
     }
@@ -43,6 +61,6 @@ extern "C" ORT_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOption
   const OrtApi* api = base->GetApi(lmkan::ort::kOrtApiVersion);
   if (api == nullptr) return nullptr;  // ONNX Runtime itself has said that it is too old
   OrtCustomOpDomain* domain = nullptr;
-  if (OrtStatus* error = GetDomain(api, &domain)) return error;
+  if (OrtStatus* error = GetDomain(base, api, &domain)) return error;
   return api->AddCustomOpDomain(options, domain);
 }
