@@ -1,4 +1,4 @@
-"""The kernels' C++ tests, without any framework: optimised, and under sanitizers."""
+"""The kernels' C++ tests, without any framework: of the package's own library, and under sanitizers."""
 
 from __future__ import annotations
 
@@ -8,18 +8,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+import lmkan_deploy
 
 ROOT = Path(__file__).parent.parent
 # Tools that pip installed come first.
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
-@pytest.mark.parametrize("sanitize", [False, True], ids=["release", "sanitizers"])
-def test_kernels(sanitize: bool) -> None:
-    build = ROOT / "build" / ("cpp-sanitizers" if sanitize else "cpp-release")
+def test_kernels_of_the_package() -> None:
+    library = lmkan_deploy.get_library_path("cpu")
+    sources = (ROOT / "plugins" / "kernels" / "cpu").iterdir()
+    assert library.stat().st_mtime > max(file.stat().st_mtime for file in sources), "run make setup"
+    check("release", f"-DLMKAN_CPU_LIBRARY={library}")
+
+
+def test_kernels_under_sanitizers() -> None:
+    check("sanitizers", "-DLMKAN_SANITIZE=ON")
+
+
+def check(name: str, option: str) -> None:
+    build = ROOT / "build" / f"cpp-{name}"
     run("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DLMKAN_BUILD_TESTS=ON",
-        "-DLMKAN_BUILD_ONNXRUNTIME=OFF", f"-DLMKAN_SANITIZE={'ON' if sanitize else 'OFF'}")  # fmt: skip
+        "-DLMKAN_BUILD_ONNXRUNTIME=OFF", option)  # fmt: skip
     run("cmake", "--build", build)
     output = run("ctest", "--test-dir", build, "--output-on-failure", "-j", "2")
     assert int(re.search(r"100% tests passed.* out of (\d+)", output)[1]) >= 22
