@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmkan_deploy.errors import CheckpointError, EngineError, ExportError, LibraryError, VerificationError
+from lmkan_deploy.acceptance import allowed_error, own_tolerance, require_agreement, require_passed
+from lmkan_deploy.errors import CheckpointError, EngineError, ExportError, LibraryError
 from lmkan_deploy.inspection import ModelInfo, inspect_model
 from lmkan_deploy.runtime.runner import Runner, RuntimeName, load_runner
 from lmkan_deploy.runtime.tensors import Arrays, AxisLimits, TensorSpec
@@ -40,11 +41,6 @@ Progress = Callable[[str], None]
 
 Feeds = Callable[[list[str]], Mapping[str, "NDArray[Any]"]] | Mapping[str, "NDArray[Any]"]
 """An array for each input of a network, or a function that returns them when it is called with their names."""
-
-INT8_RTOL = 3e-2
-"""Allowed relative error between the compiled operator and the function of int8 tables: the kernels' weights
-are multiples of 2^-14, beyond the grid of 2^-11: up to an eighth of a table's step, which networks amplify.
-"""
 
 MAX_OPSET = 25
 """Newest opset of ONNX's standard operators that PyTorch's exporter converts to."""
@@ -136,6 +132,7 @@ def export(
     from lmkan_deploy.checkpoints import load_checkpoint
     from lmkan_deploy.checkpoints.exported_program import program_limits
     from lmkan_deploy.converters.model_file import staged_model, temporary_model
+    from lmkan_deploy.converters.narrowing import choose_tables
     from lmkan_deploy.converters.passes import select_passes
 
     selected = select_passes(passes, without_passes)
@@ -161,7 +158,7 @@ def export(
     def verified(file: Path, allowed: float | None) -> Verification:
         runners = [load_runner(file), load_runner(file, "onnxruntime-function")]
         result = verify_runners(reference, runners, cases, rtol=allowed, progress=progress)
-        _require(result, "the exported model differs from PyTorch")
+        require_passed(result, "the exported model differs from PyTorch")
         return result
 
     narrow = table_dtype not in (None, "float32") or max_error is not None
@@ -170,15 +167,15 @@ def export(
         with temporary_model(model, path, external_data=external_data) as file:
             verified(file, rtol)
     given = None if calibration is None else _feeds(calibration, [spec.name for spec in specs])
-    outcome, costs = _narrow(model, table_dtype, given, max_error, cases if check else None, progress)
+    outcome, costs = choose_tables(model, table_dtype, given, max_error, cases if check else None, progress)
     notes = [*loaded.notes, *(f"not narrowed: {line}" for line in outcome.refused)]
     progress("writing")
     with staged_model(model, path, external_data=external_data) as staged:
         verification = None
         if check and narrow:
-            _require_agreement(staged, cases, rtol, progress)
+            require_agreement(staged, cases, rtol, progress)
         if check:
-            verification = verified(staged, _tolerance(rtol, narrow))
+            verification = verified(staged, allowed_error(rtol, narrow))
     return ExportResult(path, loaded.kind, notes, verification, costs, inspect_model(path))
 
 
@@ -241,6 +238,7 @@ def optimize(
         VerificationError: The new model gives other answers; nothing is written.
     """
     from lmkan_deploy.converters.model_file import load_model, staged_model
+    from lmkan_deploy.converters.narrowing import choose_tables, require_wide_tables
     from lmkan_deploy.converters.passes import optimize as run_all
     from lmkan_deploy.converters.passes import select_passes
 
@@ -259,19 +257,19 @@ def optimize(
     cases = None if reference is None else random_cases(reference.inputs, limits=limits)
     names = [str(value.name) for value in graph.graph.inputs]
     given = None if calibration is None else _feeds(calibration, names)
-    _require_wide_tables(graph, table_dtype)
-    outcomes["table-dtype"], costs = _narrow(graph, table_dtype, given, max_error, cases, progress)
+    require_wide_tables(graph, table_dtype)
+    outcomes["table-dtype"], costs = choose_tables(graph, table_dtype, given, max_error, cases, progress)
     progress("writing")
     verification = None
     with staged_model(graph, path, external_data=external_data) as staged:
         if reference is not None and cases is not None:
             if narrow:
-                _require_agreement(staged, cases, rtol, progress)
-            runners, allowed = [load_runner(staged)], _tolerance(rtol, narrow)
+                require_agreement(staged, cases, rtol, progress)
+            runners, allowed = [load_runner(staged)], allowed_error(rtol, narrow)
             if any(domain == DOMAIN for domain, _, _ in graph.functions):
                 runners.append(load_runner(staged, "onnxruntime-function"))
             verification = verify_runners(reference, runners, cases, rtol=allowed, progress=progress)
-            _require(verification, "the optimized model differs from the original")
+            require_passed(verification, "the optimized model differs from the original")
     return OptimizeResult(path, outcomes, before, len(graph.graph), verification, costs)
 
 
@@ -366,7 +364,7 @@ def verify(
         costs = None if is_engine else _layer_costs(model, reference_model, given or cases, progress)
         return replace(result, reference=str(reference_model), tables=costs)
     else:
-        rtol = _own_tolerance(model) if rtol is None else rtol
+        rtol = own_tolerance(model) if rtol is None else rtol
         reference = load_runner(model, "onnxruntime-function")
         # Comparing it with itself would say nothing.
         runners = [runner for runner in runners if runner.name != reference.name]
@@ -489,6 +487,24 @@ def _layer_costs(
     return Calibration(wide, cases).costs_of(narrowed, progress)
 
 
+def _check_table_options(
+    table_dtype: TableDtype | None, calibration: Feeds | None, max_error: float | None
+) -> None:
+    if max_error is None:
+        return
+    if table_dtype is not None:
+        raise ExportError(
+            f"expected a largest error or a table type, found {max_error} and {table_dtype}: the error chooses "
+            "the types"
+        )
+    if calibration is None:
+        raise ExportError(
+            "expected real inputs to measure errors on, found none; pass --calibration with --max-error"
+        )
+    if not 0 < max_error < math.inf:
+        raise ExportError(f"expected a largest error above 0, found {max_error}")
+
+
 def _feeds(given: Feeds, names: list[str]) -> Arrays:
     return dict(given(names) if callable(given) else given)
 
@@ -555,115 +571,6 @@ def _convert(
             f"expected PyTorch's exporter to write ONNX opset {opset}, found {found}; pass another --opset"
         )
     return model
-
-
-def _check_table_options(
-    table_dtype: TableDtype | None, calibration: Feeds | None, max_error: float | None
-) -> None:
-    if max_error is None:
-        return
-    if table_dtype is not None:
-        raise ExportError(
-            f"expected a largest error or a table type, found {max_error} and {table_dtype}: the error chooses "
-            "the types"
-        )
-    if calibration is None:
-        raise ExportError(
-            "expected real inputs to measure errors on, found none; pass --calibration with --max-error"
-        )
-    if not 0 < max_error < math.inf:
-        raise ExportError(f"expected a largest error above 0, found {max_error}")
-
-
-def _narrow(
-    model: ir.Model,
-    table_dtype: TableDtype | None,
-    calibration: Mapping[str, NDArray[Any]] | None,
-    max_error: float | None,
-    cases: Mapping[str, Arrays] | None,
-    progress: Progress,
-) -> tuple[Outcome, TableCosts | None]:
-    """Gives the model its tables, says which stay as they are and why, and what they cost where there are inputs
-    to measure it on.
-    """
-    from lmkan_deploy.calibration import Calibration
-    from lmkan_deploy.converters.passes import note_outcomes
-    from lmkan_deploy.converters.passes.base import Outcome, lookups
-    from lmkan_deploy.converters.table_dtype import narrow_tables, tables_left
-
-    left = [] if table_dtype is None and max_error is None else tables_left(model, table_dtype)
-    if max_error is None and table_dtype in (None, "float32"):
-        if left:
-            note_outcomes(model, {"table-dtype": Outcome(refused=left)})
-        return Outcome(refused=left), None
-    if calibration is not None:
-        cases = {"calibration": dict(calibration)}
-    study = None if cases is None else Calibration(model, cases, weighted=calibration is not None)
-    dtypes: Sequence[TableDtype] = [table_dtype or "float32"] * len(list(lookups(model)))
-    if max_error is not None:
-        assert study is not None
-        dtypes = study.choose(max_error, progress)
-    costs = None if study is None else study.costs(dtypes, progress)
-    outcome = narrow_tables(model, dtypes, None if study is None else study.importances)
-    if outcome.refused:
-        raise ExportError(
-            f"expected tables within the range of {table_dtype}, found {'; '.join(outcome.refused)}; choose "
-            "another --table-dtype"
-        )
-    result = Outcome(outcome.applied, left)
-    note_outcomes(model, {"table-dtype": result})
-    return result, costs
-
-
-def _require_wide_tables(model: ir.Model, table_dtype: TableDtype | None) -> None:
-    """Refuses a type that no table can get, because all have been narrowed already."""
-    from lmkan_deploy.converters.passes.base import all_lookups, table_dtype_of
-
-    found = {table_dtype_of(node) for node in all_lookups(model)}
-    if table_dtype is not None and found and "float32" not in found and found != {table_dtype}:
-        raise ExportError(
-            f"expected float32 tables to make {table_dtype} ones of, found {', '.join(sorted(found))}; start "
-            "from the file with float32 tables"
-        )
-
-
-def _require_agreement(
-    file: Path, cases: Mapping[str, Arrays], rtol: float | None, progress: Progress
-) -> None:
-    """The compiled operator and the function agree closely, however much their common tables cost."""
-    reference = load_runner(file, "onnxruntime-function")
-    own = _own_tolerance(file)
-    # Less than int8 kernels round by design would refuse files whose answers are within it.
-    allowed = own if rtol is None else max(rtol, own or 0.0)
-    result = verify_runners(reference, [load_runner(file)], cases, rtol=allowed, progress=progress)
-    _require(result, "the compiled operator differs from the function in the file")
-
-
-def _own_tolerance(file: str | Path) -> float | None:
-    """Allowed error between two runtimes of one file: compiled kernels round the weights of int8 tables."""
-    has_int8 = any(layer.table_dtype == "int8" for layer in inspect_model(file).layers)
-    return INT8_RTOL if has_int8 else None
-
-
-def _tolerance(rtol: float | None, narrow: bool) -> float | None:
-    """What narrow tables may cost unless the user says: a network amplifies their rounding by its slopes, so
-    only nonsense is refused, and the error is reported.
-    """
-    return 1.0 if rtol is None and narrow else rtol
-
-
-def _require(verification: Verification, what: str) -> None:
-    """Raises VerificationError with the first failed comparison, if there is one."""
-    if verification.passed:
-        return
-    worst = next((c for c in verification.comparisons if not c.passed), None)
-    if worst is None:
-        raise VerificationError(f"{what}: nothing was compared; nothing was written; pass --no-verify")
-    raise VerificationError(
-        f"{what}: {worst.runner}, {worst.case}, output {worst.output}: "
-        f"{worst.problem or f'relative error {worst.max_rel:.2e}, allowed {worst.rtol:.0e}'}; nothing was "
-        "written; pass --rtol to allow more, or --no-verify to look at the model"
-    )
 
 
 def _torch_runner(

@@ -101,6 +101,7 @@ def test_inspect(methane: Path) -> None:
         "parameters": 16 * 13 * 13 * 32,
         "table_bytes": 16 * 13 * 13 * 32 * 4,
         "multiply_adds": 4 * 16 * 32,
+        "table_of": None,
     }
 
 

@@ -127,7 +127,7 @@ def test_the_tolerance_counts_in_every_comparison(
 ) -> None:
     monkeypatch.setattr("lmkan_deploy.verification.DEFAULT_RTOL", {"float32": 1e-12})
     monkeypatch.setattr("lmkan_deploy.verification.RANDOM_RTOL", 1e-12)
-    monkeypatch.setattr("lmkan_deploy.api.INT8_RTOL", 1e-12)
+    monkeypatch.setattr("lmkan_deploy.acceptance.INT8_RTOL", 1e-12)
     for run, source, message in (
         (lmkan_deploy.export, stack.checkpoint, "differs from PyTorch"),
         (lmkan_deploy.optimize, stack.onnx, "operator differs from the function"),

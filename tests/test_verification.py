@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lmkan_deploy import api
+from lmkan_deploy.acceptance import require_passed
 from lmkan_deploy.errors import InputError, VerificationError
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec
 from lmkan_deploy.verification import random_cases, verify_runners
@@ -128,4 +128,4 @@ def test_tolerances_that_say_nothing_are_refused(rtol: float) -> None:
 
 def test_nothing_compared_is_an_error_that_says_so() -> None:
     with pytest.raises(VerificationError, match="nothing was compared"):
-        api._require(verify_runners({}, [Fixed({})], {}), "the model differs")
+        require_passed(verify_runners({}, [Fixed({})], {}), "the model differs")
