@@ -246,7 +246,8 @@ class Malicious:
     [
         (None, "found no file"),
         (b"", "empty file"),
-        (b"hello, this is no checkpoint at all", "could not read"),
+        (b"hello, this is no checkpoint at all", "which is neither a zip archive nor a pickle$"),
+        (b"101 is a pickle's integer", "which is neither a zip archive nor a pickle$"),
         (b"\x80\x02garbage", "--trust-pickle"),
         (b"PK\x03\x04" + bytes(100), "could not read"),
     ],

@@ -225,6 +225,17 @@ class TestMistakes:
         fails(run("double.npz"), 2, "found float64", "astype('float32')")
         fails(run("other.npz"), 2, "expected arrays x", "found a, b")
         fails(cli("verify", methane, "--outputs", tmp_path / "wide.npz"), 2, "--inputs")
+        for file in ("methane.state_dict.pt", "methane.pickled.pt"):
+            for command in (
+                ["inspect"],
+                ["run", "-i", "wide.npz"],
+                ["bench"],
+                ["optimize", "-o", "new.onnx"],
+            ):
+                result = cli(command[0], DATA / file, *command[1:], cwd=tmp_path)
+                fails(
+                    result, 2, f"looks like a PyTorch checkpoint; run lmkan-deploy export {DATA / file} first"
+                )
         assert not (tmp_path / "outputs.npz").exists()
 
     def test_models_of_two_inputs(self, tmp_path: Path) -> None:

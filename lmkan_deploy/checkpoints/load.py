@@ -103,11 +103,15 @@ def _load_content(path: Path, architecture: Architecture, trust_pickle: bool) ->
                 f"expected a state dict, a torch.export archive or a pickled module, found the TorchScript "
                 f"archive {path}; save model.state_dict() instead"
             )
+    if not _starts_with(path, b"PK", pickle.PROTO):
+        raise CheckpointError(
+            f"expected a PyTorch checkpoint, found {path}, which is neither a zip archive nor a pickle"
+        )
     try:
         # Tensors of a zip file stay on disk until they are used.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        if not is_zip and not _starts_like_a_pickle(path):
+        if not is_zip and not _starts_with(path, pickle.PROTO):
             raise _unreadable(path, error) from error
         if not trust_pickle:
             raise CheckpointError(
@@ -120,9 +124,9 @@ def _load_content(path: Path, architecture: Architecture, trust_pickle: bool) ->
     return _load_pickle(path, architecture)
 
 
-def _starts_like_a_pickle(path: Path) -> bool:
+def _starts_with(path: Path, *beginnings: bytes) -> bool:
     with path.open("rb") as file:
-        return file.read(1) == pickle.PROTO
+        return file.read(max(map(len, beginnings))).startswith(beginnings)
 
 
 def _load_pickle(path: Path, architecture: Architecture) -> Any:

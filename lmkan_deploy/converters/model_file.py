@@ -10,6 +10,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from lmkan_deploy.errors import ModelError
+from lmkan_deploy.runtime.runner import check_model_file
 from lmkan_deploy.staging import output_file, reported, staging_folder
 
 EXTERNAL_DATA_THRESHOLD = 1 << 30
@@ -25,10 +26,7 @@ def load_model(path: Path) -> ir.Model:
     Raises:
         ModelError: The file is missing, empty, or not ONNX, or its external data is missing or elsewhere.
     """
-    if not path.is_file():
-        raise ModelError(f"expected an ONNX file, found no file {path}")
-    if path.stat().st_size == 0:
-        raise ModelError(f"expected an ONNX file, found the empty file {path}")
+    check_model_file(path)
     try:
         model = ir.load(path)
     except (DecodeError, ValueError, TypeError, AttributeError, KeyError) as error:

@@ -50,6 +50,26 @@ class Runner(Protocol):
         ...
 
 
+def check_model_file(path: Path) -> None:
+    """Refuses what is no ONNX file at a glance.
+
+    Raises:
+        ModelError: The file is missing or empty, or a PyTorch checkpoint.
+    """
+    if not path.is_file():
+        raise ModelError(f"expected an ONNX file, found no file {path}")
+    with path.open("rb") as file:
+        head = file.read(4)
+    if not head:
+        raise ModelError(f"expected an ONNX file, found the empty file {path}")
+    # A zip archive, or a pickle; an ONNX file begins with the number of its first field.
+    if head == b"PK\x03\x04" or head[:1] == b"\x80":
+        raise ModelError(
+            f"expected an ONNX file, found {path}, which looks like a PyTorch checkpoint; run lmkan-deploy "
+            f"export {path} first"
+        )
+
+
 def load_runner(
     model: str | Path,
     runtime: RuntimeName = "onnxruntime",
@@ -91,6 +111,7 @@ def load_runner(
             f"expected an engine or the runtime onnxruntime-cuda with GPU {device}, found {path} and {runtime}; "
             "leave the device out"
         )
+    check_model_file(path)
     if runtime == "onnx-reference":
         from lmkan_deploy.runtime.onnx_reference import OnnxReferenceRunner
 
