@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 from lmkan_deploy.acceptance import allowed_error, own_tolerance, require_agreement, require_passed
 from lmkan_deploy.errors import CheckpointError, EngineError, ExportError, LibraryError
 from lmkan_deploy.inspection import ModelInfo, inspect_model
+from lmkan_deploy.runtime.axis_limits import AxisLimits, noted_limits
 from lmkan_deploy.runtime.runner import Runner, RuntimeName, load_runner
-from lmkan_deploy.runtime.tensors import Arrays, AxisLimits, TensorSpec
+from lmkan_deploy.runtime.tensors import Arrays, TensorSpec
 from lmkan_deploy.spec import DOMAIN, TableDtype
 from lmkan_deploy.staging import output_file
 from lmkan_deploy.verification import (
     TableCosts,
     Verification,
     check_tolerance,
-    note_limits,
-    noted_limits,
     random_cases,
     verify_runners,
 )
@@ -130,7 +129,6 @@ def export(
     path = None if output is None else output_file(output)
     _require_pytorch()
     from lmkan_deploy.checkpoints import load_checkpoint
-    from lmkan_deploy.checkpoints.exported_program import program_limits
     from lmkan_deploy.converters.model_file import staged_model, temporary_model
     from lmkan_deploy.converters.narrowing import choose_tables
     from lmkan_deploy.converters.passes import select_passes
@@ -147,8 +145,7 @@ def export(
     specs = _input_specs(loaded, input_shapes)
     model = _convert(loaded, specs, opset, selected)
     model.metadata_props.update(_provenance(loaded, architecture, input_shapes, key))
-    limits = {} if loaded.program is None else program_limits(loaded.program)
-    note_limits(model.metadata_props, limits)
+    limits = noted_limits(model.metadata_props)
     names = [str(value.name) for value in model.graph.outputs]
     reference = _torch_runner(loaded, specs, names)
     cases = random_cases(specs, limits=limits)
@@ -168,7 +165,8 @@ def export(
             verified(file, rtol)
     given = None if calibration is None else _feeds(calibration, [spec.name for spec in specs])
     outcome, costs = choose_tables(model, table_dtype, given, max_error, cases if check else None, progress)
-    notes = [*loaded.notes, *(f"not narrowed: {line}" for line in outcome.refused)]
+    notes = [*loaded.notes, *(f"the axis {name} takes {sizes}" for name, sizes in limits.items())]
+    notes += [f"not narrowed: {line}" for line in outcome.refused]
     progress("writing")
     with staged_model(model, path, external_data=external_data) as staged:
         verification = None
@@ -346,10 +344,12 @@ def verify(
         if inputs is None:
             raise CheckpointError("expected inputs beside the expected outputs, found none; pass --inputs")
         return verify_runners({"given inputs": dict(outputs)}, runners, given, rtol=rtol, progress=progress)
+    limits = _limits_of(model, reference_model)
     if batch_sizes is None:
-        cases = random_cases(runners[0].inputs, seed=seed, limits=_limits_of(model, reference_model)) | given
-    else:
-        cases = random_cases(runners[0].inputs, seed=seed, sizes=batch_sizes) | given
+        cases = random_cases(runners[0].inputs, seed=seed, limits=limits) | given
+    else:  # as asked for, but for steps
+        steps = {name: AxisLimits(step=found.step) for name, found in limits.items()}
+        cases = random_cases(runners[0].inputs, seed=seed, sizes=batch_sizes, limits=steps) | given
     reference: Runner
     if checkpoint is not None:
         _require_pytorch()

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmkan_deploy.errors import InputError
+from lmkan_deploy.runtime.axis_limits import AnySize, AxisLimits
 from lmkan_deploy.runtime.onnxruntime import OnnxRuntimeRunner
 from lmkan_deploy.runtime.runner import Runner
-from lmkan_deploy.runtime.tensors import AxisLimits, TensorSpec, random_inputs
-from lmkan_deploy.verification import within
+from lmkan_deploy.runtime.tensors import TensorSpec, random_inputs
 
 _MOST_INPUTS = 16
 """Different inputs that calls go through in turn, so that a call does not find its own corners in a cache."""
@@ -221,7 +221,7 @@ def _sizes(specs: Sequence[TensorSpec], size: int, limits: Mapping[str, AxisLimi
     sizes: dict[str | None, int] = {None: size}
     for spec in specs:
         for name in (axis for axis in spec.shape if isinstance(axis, str)):
-            sizes[name] = within(limits.get(name), size)
+            sizes[name] = limits.get(name, AnySize).nearest(size)
     return sizes
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmkan_deploy.errors import InputError
+from lmkan_deploy.runtime.axis_limits import AnySize, AxisLimits
 from lmkan_deploy.runtime.runner import Runner
-from lmkan_deploy.runtime.tensors import Arrays, AxisLimits, TensorSpec, check_inputs, random_inputs
+from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs, random_inputs
 
 DEFAULT_RTOL = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Allowed relative error by the narrower type of the two outputs.
@@ -30,8 +30,6 @@ RANDOM_CASE = "random"
 
 BATCH_SIZES = (1, 2, 7, 64)
 """Sizes of the free axes of random inputs; see `random_cases`."""
-
-_LIMITS = "lmkan_deploy.axis_limits"
 
 
 @dataclass(frozen=True)
@@ -172,35 +170,12 @@ def random_cases(
     cases = {}
     for index in range(len(sizes)):
         chosen = {
-            name: within(limits.get(name or ""), sizes[(index + ahead) % len(sizes)])
+            name: limits.get(name or "", AnySize).nearest(sizes[(index + ahead) % len(sizes)])
             for ahead, name in enumerate(free)
         }
         case = f"{RANDOM_CASE} {' x '.join(map(str, chosen.values()))}"
         cases[case] = random_inputs(specs, {None: sizes[index], **chosen}, rng)
     return cases
-
-
-def within(limits: AxisLimits | None, size: int) -> int:
-    """The size nearest to a wanted one that an axis may have."""
-    least, most = limits or (0, None)
-    return max(least, size if most is None else min(size, most))
-
-
-def note_limits(metadata: MutableMapping[str, str], limits: Mapping[str, AxisLimits]) -> None:
-    """Notes in a model's metadata which sizes its free axes may have; nothing where all may have any."""
-    if limits:
-        metadata[_LIMITS] = json.dumps(limits)
-
-
-def noted_limits(metadata: Mapping[str, str]) -> dict[str, AxisLimits]:
-    """What `note_limits` noted."""
-    try:
-        return {
-            name: (int(least), most)
-            for name, (least, most) in json.loads(metadata.get(_LIMITS, "{}")).items()
-        }
-    except (ValueError, TypeError, AttributeError):  # somebody else's
-        return {}
 
 
 def check_tolerance(rtol: float | None) -> None:

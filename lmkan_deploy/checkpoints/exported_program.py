@@ -21,7 +21,8 @@ import torch
 
 from lmkan_deploy.checkpoints.input_shapes import BATCH
 from lmkan_deploy.errors import CheckpointError
-from lmkan_deploy.runtime.tensors import AxisLimits, TensorSpec
+from lmkan_deploy.runtime.axis_limits import AxisLimits
+from lmkan_deploy.runtime.tensors import TensorSpec
 
 _SAFE_FILES = re.compile(
     r"[^/]+/(archive_format|archive_version|byteorder|\.data/\w+|models/\w+\.json"
@@ -253,7 +254,7 @@ def program_limits(program: torch.export.ExportedProgram) -> dict[str, AxisLimit
         least = int(found.lower) if found.lower.is_Integer else 1
         most = int(found.upper) if found.upper.is_Integer else None  # infinity is none
         if str(symbol) in names and (least > 1 or most is not None):
-            limits[names[str(symbol)]] = max(least, 1), most
+            limits[names[str(symbol)]] = AxisLimits(max(least, 1), most)
     return limits
 
 

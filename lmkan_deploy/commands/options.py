@@ -39,7 +39,7 @@ InputShape = Annotated[
         "--input-shape",
         metavar="[NAME:]DIM,...[:DTYPE]",
         help="Shape of an input, where it can't be inferred, such as batch,4,8,8; a word names an axis of any "
-        "size. Once for each input.",
+        "size that the network takes. Once for each input.",
     ),
 ]
 TrustPickle = Annotated[

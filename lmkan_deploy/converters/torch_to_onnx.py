@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import logging
 import re
@@ -15,7 +14,6 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from lmkan_deploy.checkpoints.input_shapes import call_arguments, example_inputs
 from lmkan_deploy.converters.onnx_function import (
     PLUGIN_ATTRIBUTES,
     is_lookup,
@@ -23,20 +21,17 @@ from lmkan_deploy.converters.onnx_function import (
 )
 from lmkan_deploy.converters.passes import PASSES, optimize
 from lmkan_deploy.converters.passes.base import Pass, used_once
+from lmkan_deploy.converters.trace import find_limits, trace
 from lmkan_deploy.converters.trace_errors import describe
-from lmkan_deploy.converters.trial import check_call, check_outputs, check_program
+from lmkan_deploy.converters.trial import check_outputs, check_program
 from lmkan_deploy.converters.unfold import simplify_unfold
 from lmkan_deploy.errors import ExportError
+from lmkan_deploy.runtime.axis_limits import note_limits
 from lmkan_deploy.runtime.tensors import TensorSpec
 from lmkan_deploy.spec import DOMAIN, OP_TYPE, OPSET_VERSION
 
 DEFAULT_OPSET = 20
 """The newest opset that ONNX Runtime 1.17 and TensorRT 10 both read."""
-
-_TRACE_SIZE = 4
-"""Size of the first free axis while tracing; the others have its multiples, lest PyTorch take two for one.
-0 and 1 are special to it.
-"""
 
 
 def to_onnx(
@@ -55,7 +50,8 @@ def to_onnx(
         passes: Rewrites of the graph.
 
     Returns:
-        The model, with passes applied and the operator's function attached.
+        The model, with passes applied and the operator's function attached. Its metadata notes the limits of free
+        axes that can't have every size.
 
     Raises:
         ExportError: The network can't be called or traced, changes its state, draws random numbers, returns
@@ -65,24 +61,11 @@ def to_onnx(
         raise ExportError(
             "expected a network of Python modules, found a TorchScript one; leave out torch.jit"
         )
-    free = dict.fromkeys(size for spec in inputs for size in spec.shape if isinstance(size, str))
-    sizes = {name: _TRACE_SIZE * (index + 1) for index, name in enumerate(free)}
-    dims = {name: torch.export.Dim(name) for name in free}
-    dynamic = [
-        {axis: dims[name] for axis, name in enumerate(spec.shape) if isinstance(name, str)} for spec in inputs
-    ]
-    names = [spec.name for spec in inputs]
-    args, kwargs = call_arguments(module, names, example_inputs(inputs, sizes))
-    dynamic_args, dynamic_kwargs = call_arguments(module, names, dynamic)
-    # By parameter, since forward may take *args, and has defaults for what is no input.
-    shapes = inspect.signature(module.forward).bind(*dynamic_args, **dynamic_kwargs).arguments
     with _quiet():
-        check_call(module, args, kwargs)
-        try:
-            program = torch.export.export(module, args, kwargs, dynamic_shapes=dict(shapes))
-        except Exception as error:  # tracing runs the user's code, which may raise anything
-            raise ExportError(f"PyTorch could not trace the network: {describe(error)}") from error
-    return _convert(program, inputs, opset, passes)
+        program, limits = trace(module, inputs)
+    model = _convert(program, inputs, opset, passes)
+    note_limits(model.metadata_props, limits)
+    return model
 
 
 def program_to_onnx(
@@ -104,9 +87,19 @@ def program_to_onnx(
         ExportError: It changes its state, draws random numbers, returns something else than tensors, or uses an
             operator that ONNX lacks.
     """
+    axes = [size for spec in inputs for size in spec.shape if isinstance(size, str)]
+    computed = [axis for axis in axes if not axis.isidentifier()]  # 2*s77
+    if computed:
+        raise ExportError(
+            f"expected free axes with sizes of their own, found {', '.join(dict.fromkeys(computed))} computed of "
+            "others, which PyTorch's ONNX exporter can't read; trace the network with Dim.DYNAMIC for them"
+        )
     with _quiet():
         check_program(program)
-    return _convert(program, inputs, opset, passes)
+        limits = find_limits(program, inputs)
+    model = _convert(program, inputs, opset, passes)
+    note_limits(model.metadata_props, limits)
+    return model
 
 
 def _convert(

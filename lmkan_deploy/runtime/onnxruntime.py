@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmkan_deploy.errors import InputError, LibraryError, ModelError
+from lmkan_deploy.runtime.axis_limits import noted_limits
 from lmkan_deploy.runtime.libraries import get_library_path
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs, numpy_dtype
 
@@ -106,11 +107,12 @@ class OnnxRuntimeRunner:
         self.name = f"onnxruntime{'' if custom_ops else '-function'}{'-cuda' if cuda else ''}"
         self.inputs = [_spec(value) for value in self.session.get_inputs()]
         self.outputs = [_spec(value) for value in self.session.get_outputs()]
+        self.limits = noted_limits(self.session.get_modelmeta().custom_metadata_map)
         self._has_bfloat16 = "bfloat16" in {spec.dtype for spec in (*self.inputs, *self.outputs)}
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
         """See `Runner.run`."""
-        check_inputs(self.inputs, feeds)
+        check_inputs(self.inputs, feeds, self.limits)
         try:
             if self._has_bfloat16:
                 return self._run_ort_values(feeds)

@@ -11,17 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmkan_deploy.errors import InputError
+from lmkan_deploy.runtime.axis_limits import AxisLimits
 
 Arrays = dict[str, NDArray[Any]]
 """Tensors by name."""
-
-AxisLimits = tuple[int, int | None]
-"""Smallest and largest size of a free axis; None where there is no largest."""
 
 # Measured on the CPU: rounding makes up to 8e-7 in float32 and 3e-4 in float16, the types of tables nothing; rows
 # that depend on each other make 0.2 to 4, but attention over them less than this in one pair of eleven.
 _ROUNDING = 1e-2
 _PAIRS = 4
+
+_SHORT = 8
+"""Size of free axes that are not rows, where any would do."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,20 @@ def rows_are_free(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -
     return len(axes) == 1 and isinstance(next(iter(axes)), str)
 
 
-def rows_are_independent(run: Callable[[Arrays], Arrays], inputs: Sequence[TensorSpec]) -> bool:
+def rows_are_independent(
+    run: Callable[[Arrays], Arrays],
+    inputs: Sequence[TensorSpec],
+    limits: Mapping[str, AxisLimits] | None = None,
+) -> bool:
     """Whether rows have the same outputs together and apart, but for rounding, on random inputs.
 
     Args:
         run: Takes all inputs by name, with any number of rows, and returns outputs with as many.
         inputs: What it takes.
+        limits: See `random_rows`.
     """
     for seed in range(_PAIRS):
-        both = random_inputs(inputs, {None: 2}, np.random.default_rng(seed))
+        both = random_rows(inputs, 2, np.random.default_rng(seed), limits)
         together = run(both)
         apart = [run({name: array[row : row + 1] for name, array in both.items()}) for row in range(2)]
         if not all(_same_rows(found, [rows[name] for rows in apart]) for name, found in together.items()):
@@ -87,8 +93,18 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
-def check_inputs(specs: Sequence[TensorSpec], feeds: Mapping[str, NDArray[Any]]) -> None:
+def check_inputs(
+    specs: Sequence[TensorSpec],
+    feeds: Mapping[str, NDArray[Any]],
+    limits: Mapping[str, AxisLimits] | None = None,
+) -> None:
     """Checks that arrays fit a model's inputs.
+
+    Args:
+        specs: What the model takes.
+        feeds: Arrays by name.
+        limits: Of free axes that may not have every size, by name. Only steps are checked: tracers give smallest
+            and largest sizes that need not be the model's.
 
     Raises:
         InputError: An input is missing or unknown, or has another rank, size or dtype than expected.
@@ -119,6 +135,13 @@ def check_inputs(specs: Sequence[TensorSpec], feeds: Mapping[str, NDArray[Any]])
         )
         if not fits:
             raise InputError(_misfit(specs, spec, array.shape, sizes))
+    for name, allowed in (limits or {}).items():
+        if sizes.get(name, 0) % allowed.step != 0:
+            spec = next(spec for spec in specs if name in spec.shape)
+            raise InputError(
+                f"expected input {spec} with {name} in multiples of {allowed.step}, found shape "
+                f"{list(feeds[spec.name].shape)}"
+            )
 
 
 def _misfit(
@@ -143,6 +166,31 @@ def _fits(expected: int | str | None, size: int, sizes: dict[str, int]) -> bool:
     if isinstance(expected, str):  # the same name means the same size
         return sizes.setdefault(expected, size) == size
     return expected == size
+
+
+def random_rows(
+    specs: Sequence[TensorSpec],
+    rows: int,
+    rng: np.random.Generator,
+    limits: Mapping[str, AxisLimits] | None = None,
+) -> Arrays:
+    """Random inputs with a number of rows; free axes behind the first are short.
+
+    Args:
+        specs: Inputs of a model.
+        rows: Size of the first axes that are free.
+        rng: Source of randomness.
+        limits: Of free axes that may not have every size, by name.
+    """
+    sizes: dict[str | None, int] = {None: rows}
+    for spec in specs:
+        for axis in spec.shape[1:]:
+            if isinstance(axis, str):
+                sizes[axis] = _SHORT
+    sizes |= {spec.shape[0]: rows for spec in specs if spec.shape and isinstance(spec.shape[0], str)}
+    for name, allowed in (limits or {}).items():
+        sizes[name] = allowed.nearest(sizes.get(name, rows))
+    return random_inputs(specs, sizes, rng)
 
 
 def random_inputs(

@@ -196,7 +196,7 @@ class Batcher:
                 and array.shape[:1] > (0,)
             ):
                 return array.shape[0], tail
-        check_inputs(self._runner.inputs, feeds)
+        check_inputs(self._runner.inputs, feeds, getattr(self._runner, "limits", None))
         if not self.joins:
             return 1, object()
         shapes = [feeds[spec.name].shape for spec in self._runner.inputs]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lmkan_deploy.runtime.runner import Runner
-from lmkan_deploy.runtime.tensors import random_inputs
+from lmkan_deploy.runtime.tensors import random_rows
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Health:
 def _problem(runner: Runner) -> str | None:
     """Why a model can't run one row; None where it can."""
     try:
-        runner.run(random_inputs(runner.inputs, {None: 1}, np.random.default_rng(0)))
+        runner.run(random_rows(runner.inputs, 1, np.random.default_rng(0), getattr(runner, "limits", None)))
     except Exception as error:
         return str(error) or type(error).__name__
     return None

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lmkan_deploy.errors import LmkanError, ModelError
 from lmkan_deploy.model_name import check_model_name, is_model_name
 from lmkan_deploy.runtime.runner import Runner, RuntimeName, load_runner
-from lmkan_deploy.runtime.tensors import Arrays, random_inputs, rows_are_free, rows_are_independent
+from lmkan_deploy.runtime.tensors import Arrays, random_rows, rows_are_free, rows_are_independent
 from lmkan_deploy.serving.batching import Batcher, BatchingOptions
 from lmkan_deploy.serving.errors import NotFoundError, UnavailableError
 from lmkan_deploy.serving.health import Health
@@ -349,16 +349,17 @@ def _open_and_try(load: Load, file: Path, options: BatchingOptions) -> tuple[Run
     else:
         runner = load(file)
     started = time.perf_counter()
+    limits = getattr(runner, "limits", None)
     batches = {1}
     is_free = rows_are_free(runner.inputs, runner.outputs)
     if is_free:
         padded = getattr(runner, "batch_sizes", None) or ()
         batches |= {options.max_batch, *(rows for rows in padded if rows < options.max_batch)}
     for rows in sorted(batches):
-        runner.run(random_inputs(runner.inputs, {None: rows}, np.random.default_rng(0)))
+        runner.run(random_rows(runner.inputs, rows, np.random.default_rng(0), limits))
     _log.debug("%s: first runs took %.3f s", file, time.perf_counter() - started)
     # Where shapes do not let requests be joined, there is nothing to try.
-    may_join = not is_free or rows_are_independent(runner.run, runner.inputs)
+    may_join = not is_free or rows_are_independent(runner.run, runner.inputs, limits)
     if not may_join and getattr(runner, "batch_sizes", None) is not None:
         raise ModelError(
             f"expected rows that do not depend on each other in {file.name}, since CUDA graphs pad batches; "
