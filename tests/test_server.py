@@ -27,6 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
 import lmkan_deploy
+from lmkan_deploy.runtime.axis_limits import AxisLimits, note_limits
 from networks import ExportedStack
 from served import Served, json_request
 
@@ -41,7 +42,9 @@ def make_rows(count: int) -> np.ndarray:
 def server(stack: ExportedStack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     types = tmp_path_factory.mktemp("types") / "types.onnx"
     save_types_model(types)
-    with Served("--model", f"net={stack.onnx}", types, "--max-batch", 64, "--max-body-mb", 1) as served:
+    save_image_model(types.parent / "images.onnx")
+    models = ("--model", f"net={stack.onnx}", types, types.parent / "images.onnx")
+    with Served(*models, "--max-batch", 64, "--max-body-mb", 1) as served:
         yield served
 
 
@@ -56,6 +59,24 @@ def save_types_model(path: Path) -> None:
         outputs.append(helper.make_tensor_value_info(f"out_{dtype}", value, ["batch", "size"]))
     graph = helper.make_graph(nodes, "types", inputs, outputs)
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+
+
+def save_image_model(path: Path) -> None:
+    """Takes images of even sizes, as its metadata says."""
+    nodes = [
+        helper.make_node("SpaceToDepth", ["x"], ["patches"], blocksize=2),
+        helper.make_node("GlobalAveragePool", ["patches"], ["means"]),
+        helper.make_node("Flatten", ["means"], ["y"]),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, "height", "width"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 12])
+    graph = helper.make_graph(nodes, "images", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    even = AxisLimits(2, None, 2)
+    metadata: dict[str, str] = {}
+    note_limits(metadata, {"height": even, "width": even})
+    helper.set_model_props(model, metadata)
+    save(model, path)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +113,16 @@ def make_inputs(client, x: np.ndarray, **options):
     tensor = client.InferInput("x", list(x.shape), "FP32")
     tensor.set_data_from_numpy(x, **options)
     return [tensor]
+
+
+def test_images_of_the_sizes_that_a_model_takes(server: Served) -> None:
+    with http_client.InferenceServerClient(f"127.0.0.1:{server.http_port}") as client:
+        for batch, height, width in ((1, 2, 4), (5, 6, 2)):
+            x = RNG.standard_normal((batch, 3, height, width), dtype=np.float32)
+            y = client.infer("images", make_inputs(http_client, x)).as_numpy("y")
+            np.testing.assert_allclose(y.reshape(batch, 4, 3).mean(1), x.mean((2, 3)), rtol=1e-5, atol=1e-6)
+        with pytest.raises(InferenceServerException, match=r"with width in multiples of 2, found shape"):
+            client.infer("images", make_inputs(http_client, np.zeros((1, 3, 4, 5), np.float32)))
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -225,7 +256,9 @@ def test_metadata(server: Served) -> None:
         assert config["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": [10]}]
         assert grpc.get_model_config("net").config.output[0].dims == [7]
         names = {model["name"] for model in http.get_model_repository_index()}
-        assert names == {"net", "types"} == {m.name for m in grpc.get_model_repository_index().models}
+        assert (
+            names == {"net", "types", "images"} == {m.name for m in grpc.get_model_repository_index().models}
+        )
 
 
 def test_statistics_and_metrics_count(server: Served) -> None:
@@ -362,15 +395,15 @@ def test_bytes_that_are_no_booleans(server: Served) -> None:
 @pytest.mark.parametrize(
     ("path", "method", "status", "words"),
     [
-        ("/v2/models/nothing/infer", "POST", 404, "expected a model of net, types"),
+        ("/v2/models/nothing/infer", "POST", 404, "expected a model of images, net, types"),
         ("/v2/models/net/versions/2/infer", "POST", 404, "expected a version of 1"),
         ("/v2/models/..%2F..%2Fetc%2Fpasswd", "GET", 404, ""),
         ("/v2/models/net/infer", "GET", 405, "Method Not Allowed"),
         ("/v2/nothing", "GET", 404, "openapi.json"),
         ("/v2/repository/models/..%2Fx/load", "POST", 404, ""),
         ("/v2/repository/models/.x/load", "POST", 400, "model name"),
-        ("/v2/repository/models/nothing/load", "POST", 404, "expected a model of net"),
-        ("/v2/repository/models/nothing/unload", "POST", 404, "expected a model of net"),
+        ("/v2/repository/models/nothing/load", "POST", 404, "expected a model of images, net"),
+        ("/v2/repository/models/nothing/unload", "POST", 404, "expected a model of images, net"),
     ],
 )
 def test_wrong_paths(server: Served, path: str, method: str, status: int, words: str) -> None:
