@@ -290,9 +290,10 @@ Pair = collections.namedtuple("Pair", "first second")
     [
         (lambda x, y: {"logits": y, "relu": torch.relu(y) + 1, "loss": None}, ["logits", "relu"]),
         (lambda x, y: {"x": y, "hidden": y + 1}, ["y0", "y1"]),  # x is an input
-        (lambda x, y: {"a": y, "b": [y + 1]}, ["y0", "y1"]),
+        (lambda x, y: {"a": y, "b": [y + 1, {"c": y + 2}]}, ["a", "b_0", "b_1_c"]),
+        (lambda x, y: {"a": {"b": y}, "a_b": y + 1}, ["y0", "y1"]),
         (lambda x, y: (y, None, y + 1), ["y0", "y1"]),
-        (lambda x, y: Pair(y, y + 1), ["y0", "y1"]),
+        (lambda x, y: Pair(y, {"a": y + 1}), ["first", "second_a"]),
         (lambda x, y: {"logits": y}, ["logits"]),
     ],
 )

@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -193,7 +193,7 @@ def _name_free_axes(model: ir.Model, inputs: Sequence[TensorSpec]) -> None:
 
 
 def _name_outputs(model: ir.Model, program: torch.export.ExportedProgram) -> None:
-    """Names outputs after the keys of a dict, or y, or y0, y1, ..."""
+    """Names outputs after keys and fields, or y, or y0, y1, ..."""
     inputs = {value.name for value in model.graph.inputs}
     outputs = model.graph.outputs
     names = _keys(program)
@@ -210,16 +210,21 @@ def _name_outputs(model: ir.Model, program: torch.export.ExportedProgram) -> Non
 
 
 def _keys(program: torch.export.ExportedProgram) -> list[str]:
-    """Keys of the dict that a network returns; none where it returns something else."""
+    """Where the tensors that a network returns lie in dicts and named tuples, keys joined by underscores; nothing
+    where it returns something else.
+    """
     structure = program.call_spec.out_spec
     if structure is None:
         return []
     tree = torch.utils._pytree.tree_unflatten(_results(program), structure)
-    if not isinstance(tree, Mapping) or not all(str(key).isidentifier() for key in tree):
-        return []
-    if any(isinstance(value, Mapping | Sequence) for value in tree.values()):
-        return []
-    return [str(key) for key, value in tree.items() if value is not None]
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(tree)
+    names = ["_".join(map(_key, path)) for path, leaf in leaves if leaf is not None]
+    return names if len(set(names)) == len(names) and all(map(str.isidentifier, names)) else []
+
+
+def _key(entry: Any) -> str:
+    """One step of a path into nested containers: a key, a field's name, or an index."""
+    return str(next(getattr(entry, name) for name in ("key", "name", "idx") if hasattr(entry, name)))
 
 
 def _name_lookups(model: ir.Model) -> None:
