@@ -410,7 +410,7 @@ def bench(
     models: str | Path | Sequence[str | Path],
     *,
     runtimes: Sequence[RuntimeName] = ("onnxruntime",),
-    batch_sizes: Sequence[int] = (1, 64, 1024),
+    batch_sizes: int | Sequence[int] = (1, 64, 1024),
     inputs: Feeds | None = None,
     threads: int | None = None,
     device: int = 0,
@@ -427,7 +427,7 @@ def bench(
     Args:
         models: ONNX files, of any network, and engines.
         runtimes: What to run each ONNX file with; see `RuntimeName`. An engine has one of its own.
-        batch_sizes: Sizes of the free axes of random inputs.
+        batch_sizes: Sizes of the leading free axes of random inputs; others are short.
         inputs: Inputs to time instead of random ones.
         threads: Threads of one call on the CPU; None leaves the choice to the runtime.
         device: See `load_runner`.
@@ -445,27 +445,33 @@ def bench(
     """
     from lmkan_deploy.latency import Contender, measure
 
-    paths = [models] if isinstance(models, (str, Path)) else list(models)
+    paths = [models] if isinstance(models, str | Path) else list(models)
+    has_engine = any(Path(path).suffix == ".engine" for path in paths)
     contenders = []
     for path in paths:
         progress(f"loading {path}")
         is_engine = Path(path).suffix == ".engine"
-        chosen: Sequence[RuntimeName] = ["onnxruntime"] if is_engine else runtimes
+        # What only engines have is refused, rather than ignored, where there are none.
+        for_engine = is_engine or not has_engine
+        chosen: Sequence[RuntimeName] = ["onnxruntime"] if is_engine else _texts(runtimes)  # type: ignore[assignment]
         for name in chosen:
             runner = load_runner(
                 path,
                 name,
                 threads=threads,
-                device=device if is_engine or name == "onnxruntime-cuda" else 0,
-                plugin=plugin if is_engine else None,
-                cuda_graphs=cuda_graphs and is_engine,
+                device=device if for_engine or name == "onnxruntime-cuda" else 0,
+                plugin=plugin if for_engine else None,
+                cuda_graphs=cuda_graphs and for_engine,
             )
             given = None if inputs is None else _feeds(inputs, [spec.name for spec in runner.inputs])
             contenders.append(Contender(str(path), runner, given, _limits_of(path, None)))
-    free = any(
-        not isinstance(size, int) for c in contenders for spec in c.runner.inputs for size in spec.shape
-    )
-    sizes = batch_sizes if free and inputs is None else batch_sizes[:1]
+    sizes: Sequence[int | None] = [batch_sizes] if isinstance(batch_sizes, int) else batch_sizes
+    if inputs is not None:
+        sizes = [None]
+    elif not any(
+        isinstance(axis, str | None) for c in contenders for spec in c.runner.inputs for axis in spec.shape
+    ):
+        sizes = sizes[:1]  # all batches are fixed
     return measure(contenders, sizes, seconds=seconds, seed=seed, progress=progress)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmkan_deploy.errors import InputError
-from lmkan_deploy.runtime.axis_limits import AnySize, AxisLimits
+from lmkan_deploy.runtime.axis_limits import AxisLimits
 from lmkan_deploy.runtime.onnxruntime import OnnxRuntimeRunner
 from lmkan_deploy.runtime.runner import Runner
-from lmkan_deploy.runtime.tensors import TensorSpec, random_inputs
+from lmkan_deploy.runtime.tensors import TensorSpec, random_rows
 
 _MOST_INPUTS = 16
 """Different inputs that calls go through in turn, so that a call does not find its own corners in a cache."""
@@ -29,6 +30,9 @@ _SHORTEST_TURN = 0.005
 
 _FEWEST_ROUNDS = 5
 
+_PAUSE = 0.002
+"""Seconds between turns: a session's threads go on spinning for a while, and would take the next one's time."""
+
 Feeds = Mapping[str, NDArray[Any]]
 
 
@@ -39,19 +43,21 @@ class Latency:
     Attributes:
         model: Its file.
         runtime: What ran it.
-        batch: Rows of a call.
+        asked: The batch size that was asked for; None where inputs were given.
+        batch: Rows of a call: another number where the model's batch is fixed, or has limits.
         calls: How many were timed.
         least: The fastest.
         median: Half of them took less.
         p90: Nine in ten took less.
         p99: 99 in 100 took less.
         rows_per_second: Rows over the mean time.
-        ratio: Time relative to the first model's at this batch size, in rounds that took turns: median and both
-            quartiles. None for the first.
+        ratio: Time of a call relative to the first model's at this batch size, in rounds that took turns: median
+            and both quartiles. None for the first.
     """
 
     model: str
     runtime: str
+    asked: int | None
     batch: int
     calls: int
     least: float
@@ -85,7 +91,7 @@ class Contender:
 
 def measure(
     contenders: Sequence[Contender],
-    batch_sizes: Sequence[int],
+    batch_sizes: Sequence[int | None],
     *,
     seconds: float,
     seed: int,
@@ -95,57 +101,71 @@ def measure(
 
     Args:
         contenders: The first is what the others are compared with.
-        batch_sizes: Sizes of the free axes of random inputs. Given inputs have the one that they have.
-        seconds: For each model at each batch size, after as much warm-up as a tenth of it.
+        batch_sizes: Sizes of the leading free axes of random inputs; None for given inputs.
+        seconds: For each model at each batch size, in calls of at least five rounds.
         seed: Of random inputs.
         progress: Called with a line at each step.
 
     Raises:
-        InputError: Inputs that don't fit a model.
+        InputError: Inputs that don't fit a model, or with which it fails.
     """
-    if not seconds > 0:
+    if not 0 < seconds < math.inf:
         raise InputError(f"expected a time above 0 seconds, found {seconds}")
-    rounds = [_Round(c, size, seed) for size in batch_sizes for c in contenders]
+    if not contenders:
+        raise InputError("expected at least one model to time, found none")
     result = []
-    for start in range(0, len(rounds), len(contenders)):
-        together = rounds[start : start + len(contenders)]
-        progress(f"timing batches of {together[0].batch}")
+    for size in dict.fromkeys(batch_sizes):
+        if size is not None and size < 1:
+            raise InputError(f"expected batches of at least 1 row, found {size}")
+        progress("timing given inputs" if size is None else f"timing batches of {size}")
+        together = [_Rounds(contender, size, seed) for contender in contenders]
         _take_turns(together, seconds)
-        result += [taken.latency(together[0]) for taken in together]
+        result += [rounds.latency(together[0]) for rounds in together]
     return result
 
 
-class _Round:
+class _Rounds:
     """One model at one batch size."""
 
-    def __init__(self, contender: Contender, size: int, seed: int) -> None:
+    def __init__(self, contender: Contender, size: int | None, seed: int) -> None:
         self._contender = contender
-        rng = np.random.default_rng(seed)
-        specs = contender.runner.inputs
-        if contender.given is not None:
-            feeds = [dict(contender.given)]
-        else:
-            feeds = [random_inputs(specs, _sizes(specs, size, contender.limits), rng)]
-            bytes_of_one = max(1, sum(array.nbytes for array in feeds[0].values()))
-            more = min(_MOST_INPUTS, _INPUT_MEMORY // bytes_of_one) - 1
-            feeds += [random_inputs(specs, _sizes(specs, size, contender.limits), rng) for _ in range(more)]
-        self.batch = _rows(specs, feeds[0])
-        self._calls = [_call(contender.runner, each) for each in feeds]
+        self._asked = size
+        self._seed = seed
+        self._calls: list[Callable[[], Any]] = []
+        self._batch = 0
         self._next = 0
         self._per_turn = 1
         self._seconds: list[NDArray[np.float64]] = []
 
     def warm_up(self, seconds: float) -> None:
-        """Runs each input once, and on for a while; the first call of a shape may build or allocate."""
+        """Runs the model once, since the first call of a shape may build or allocate, and then for a while.
+
+        Raises:
+            InputError: It does not take the inputs.
+        """
+        runner, rng = self._contender.runner, np.random.default_rng(self._seed)
+        feeds = self._feeds(rng)
+        try:
+            runner.run(feeds)
+        except InputError as error:
+            hint = "" if self._asked is None else "; pass --inputs where random numbers don't do"
+            raise InputError(f"{self._contender.model}, {self._described()}: {error}{hint}") from error
+        self._batch = _rows(runner.inputs, feeds)
+        self._calls.append(_call(runner, feeds))
         started = time.perf_counter()
-        for call in self._calls:
-            call()
-        calls = 0
-        begun = time.perf_counter()
-        while calls == 0 or time.perf_counter() - started < seconds:
+        self._calls[0]()
+        once = time.perf_counter() - started
+        # A slow model's calls are fewer than its inputs would be.
+        most = min(_MOST_INPUTS, _INPUT_MEMORY // max(1, sum(array.nbytes for array in feeds.values())))
+        if self._asked is not None:
+            for _ in range(min(most, int(seconds / max(once, 1e-9))) - 1):
+                self._calls.append(_call(runner, self._feeds(rng)))
+        started, calls = time.perf_counter(), 0
+        while once * (calls + 1) < seconds and time.perf_counter() - started < seconds:
             self._calls[calls % len(self._calls)]()
             calls += 1
-        self._per_turn = max(1, round(_SHORTEST_TURN * calls / (time.perf_counter() - begun)))
+        each = (time.perf_counter() - started) / calls if calls > 0 else once
+        self._per_turn = max(1, round(_SHORTEST_TURN / each))
 
     def take_turn(self) -> None:
         """Times some calls, one by one."""
@@ -167,7 +187,7 @@ class _Round:
         """How many turns it had."""
         return len(self._seconds)
 
-    def latency(self, baseline: _Round) -> Latency:
+    def latency(self, baseline: _Rounds) -> Latency:
         """What came out; `baseline` took turns with this one."""
         times = np.concatenate(self._seconds)
         ratio = None
@@ -182,29 +202,40 @@ class _Round:
         return Latency(
             model=self._contender.model,
             runtime=self._contender.runner.name,
-            batch=self.batch,
+            asked=self._asked,
+            batch=self._batch,
             calls=len(times),
             least=float(times.min()),
             median=float(median),
             p90=float(p90),
             p99=float(p99),
-            rows_per_second=float(self.batch / times.mean()),
+            rows_per_second=float(self._batch / times.mean()),
             ratio=ratio,
         )
 
+    def _feeds(self, rng: np.random.Generator) -> Feeds:
+        if self._contender.given is not None:
+            return self._contender.given
+        return random_rows(self._contender.runner.inputs, self._asked or 1, rng, self._contender.limits)
 
-def _take_turns(together: Sequence[_Round], seconds: float) -> None:
+    def _described(self) -> str:
+        return "given inputs" if self._asked is None else f"random batch of {self._asked}"
+
+
+def _take_turns(together: Sequence[_Rounds], seconds: float) -> None:
     collects = gc.isenabled()
     gc.disable()
     try:
-        for taken in together:
-            taken.warm_up(seconds / 10)
-        while together[0].rounds() < _FEWEST_ROUNDS or sum(t.spent() for t in together) < seconds * len(
+        for rounds in together:
+            rounds.warm_up(seconds / 10)
+        while together[0].rounds() < _FEWEST_ROUNDS or sum(r.spent() for r in together) < seconds * len(
             together
         ):
             forwards = together[0].rounds() % 2 == 0
-            for taken in together if forwards else reversed(together):
-                taken.take_turn()
+            for rounds in together if forwards else reversed(together):
+                if len(together) > 1:
+                    time.sleep(_PAUSE)
+                rounds.take_turn()
     finally:
         if collects:
             gc.enable()
@@ -217,18 +248,7 @@ def _call(runner: Runner, feeds: Feeds) -> Callable[[], Any]:
     return functools.partial(runner.run, feeds)
 
 
-def _sizes(specs: Sequence[TensorSpec], size: int, limits: Mapping[str, AxisLimits]) -> dict[str | None, int]:
-    sizes: dict[str | None, int] = {None: size}
-    for spec in specs:
-        for name in (axis for axis in spec.shape if isinstance(axis, str)):
-            sizes[name] = limits.get(name, AnySize).nearest(size)
-    return sizes
-
-
 def _rows(specs: Sequence[TensorSpec], feeds: Feeds) -> int:
-    """Size of the first free axis; 1 where there is none."""
-    for spec in specs:
-        for axis, size in enumerate(spec.shape):
-            if not isinstance(size, int):
-                return int(feeds[spec.name].shape[axis])
-    return 1
+    """Size of the first input's first axis; 1 where there is none."""
+    shape = feeds[specs[0].name].shape if specs else ()
+    return int(shape[0]) if shape else 1

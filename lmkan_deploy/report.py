@@ -134,21 +134,23 @@ def _failure(comparison: Comparison) -> str:
 
 
 def print_latencies(latencies: Sequence[Latency]) -> None:
-    """A table for each batch size."""
+    """A table for each batch size that was asked for."""
     several = len({latency.runtime for latency in latencies}) > 1
-    for batch in dict.fromkeys(latency.batch for latency in latencies):
+    for asked in dict.fromkeys(latency.asked for latency in latencies):
+        found = [latency for latency in latencies if latency.asked == asked]
+        batches = {latency.batch for latency in found}
+        title = f"batch {asked}" if asked is not None else "given inputs"
+        if len(batches) == 1:
+            title = f"batch {found[0].batch}"
         table = Table(
-            title=f"batch {batch}",
-            title_justify="left",
-            title_style="bold",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
+            title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
         )
         table.add_column("model", overflow="fold")
         for name in ("median", "p90", "p99", "rows/s", "time / first"):
             table.add_column(name, justify="right", no_wrap=True)
-        for latency in (each for each in latencies if each.batch == batch):
+        for latency in found:
             name = f"{latency.model}, {latency.runtime}" if several else latency.model
+            name += f", batch {latency.batch}" if len(batches) > 1 else ""
             times = (_time(value) for value in (latency.median, latency.p90, latency.p99))
             ratio = "" if latency.ratio is None else "{} ({} to {})".format(*map(_ratio, latency.ratio))
             table.add_row(Text(name), *times, _count(latency.rows_per_second), ratio)

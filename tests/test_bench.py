@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, helper, save
 
 import lmkan_deploy
 from lmkan_deploy import report
 from lmkan_deploy.errors import InputError, LmkanError
 from lmkan_deploy.latency import Contender, measure
+from lmkan_deploy.runtime.axis_limits import AxisLimits
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec
 from networks import ExportedStack
 
@@ -46,7 +48,7 @@ class Sleeper:
 
 
 def test_times_are_those_of_the_calls() -> None:
-    fast, slow = Sleeper(0.002), Sleeper(0.008)
+    fast, slow = Sleeper(0.001), Sleeper(0.004)
     found = measure(
         [Contender("a", fast, None, {}), Contender("b", slow, None, {})], [3], seconds=0.3, seed=0
     )
@@ -64,30 +66,39 @@ def test_times_are_those_of_the_calls() -> None:
     ratio, low, high = found[1].ratio or (0, 0, 0)
     assert 2 < low <= ratio <= high < 4.5
     # Calls go through different inputs of the asked size, and models take turns to the end.
-    assert len({feeds["x"].tobytes() for feeds in slow.feeds}) == 16
+    assert len({feeds["x"].tobytes() for feeds in fast.feeds}) == 16
     assert all(feeds["x"].shape == (3, 4) for feeds in fast.feeds)
     assert fast.times[-1] > slow.times[-10]
 
 
-@pytest.mark.parametrize("shape", [(7, 4), (None, 4), ("batch", "batch")], ids=str)
+@pytest.mark.parametrize("shape", [(7, 4), (None, 4), ("batch", "length"), ()], ids=str)
 def test_free_and_fixed_axes(shape: tuple[int | str | None, ...]) -> None:
-    model = Sleeper(0.0001, shape)
-    found = measure([Contender("m", model, None, {})], [2, 5], seconds=0.01, seed=0)
-    free = not isinstance(shape[0], int)
-    assert [each.batch for each in found] == ([2, 5] if free else [1, 1])
-    want = (
-        {(2, shape[1] if shape[1] == 4 else 2), (5, shape[1] if shape[1] == 4 else 5)} if free else {(7, 4)}
-    )
+    model, free = Sleeper(0.0001, shape), Sleeper(0.0001)
+    contenders = [Contender("m", model, None, {}), Contender("free", free, None, {})]
+    found = measure(contenders, [2, 5, 2], seconds=0.01, seed=0)
+    assert [each.asked for each in found] == [2, 2, 5, 5]
+    batches = {(7, 4): [7, 7], (): [1, 1]}.get(shape, [2, 5])
+    assert [each.batch for each in found] == [batches[0], 2, batches[1], 5]
+    want = {(7, 4): {(7, 4)}, (): {()}, ("batch", "length"): {(2, 8), (5, 8)}}.get(shape, {(2, 4), (5, 4)})
     assert {feeds["x"].shape for feeds in model.feeds} == want
 
 
 def test_limits_of_axes() -> None:
     model = Sleeper(0.0001)
-    found = measure([Contender("m", model, None, {"batch": (2, 16)})], [1, 100], seconds=0.01, seed=0)
-    assert [each.batch for each in found] == [2, 16]
+    found = measure(
+        [Contender("m", model, None, {"batch": AxisLimits(2, 16)})], [1, 100], seconds=0.01, seed=0
+    )
+    assert [(each.asked, each.batch) for each in found] == [(1, 2), (100, 16)]
 
 
-@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_a_slow_model_is_called_as_often_as_rounds_need() -> None:
+    model = Sleeper(0.05)
+    [found] = measure([Contender("m", model, None, {})], [1], seconds=0.01, seed=0)
+    assert found.calls == 5
+    assert len(model.times) == 7
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
 def test_no_time(seconds: float) -> None:
     with pytest.raises(InputError, match="expected a time above 0 seconds"):
         measure([Contender("m", Sleeper(0), None, {})], [1], seconds=seconds, seed=0)
@@ -118,9 +129,49 @@ def test_the_operator_beside_the_function_and_another_network(stack: ExportedSta
 def test_given_inputs(stack: ExportedStack) -> None:
     x = np.zeros((5, 10), np.float32)
     [found] = lmkan_deploy.bench(stack.onnx, inputs={"x": x}, batch_sizes=[1, 2], seconds=0.01)
-    assert found.batch == 5
-    with pytest.raises(LmkanError, match=r"expected input x .*10.*found"):
-        lmkan_deploy.bench(stack.onnx, inputs={"x": x[:, :4]}, seconds=0.01)
+    assert (found.asked, found.batch) == (None, 5)
+    for wrong in ({"x": x[:, :4]}, {"z": x}, {"x": x[0, 0]}):
+        with pytest.raises(InputError, match=r"model\.onnx, given inputs: expected .*x.*found"):
+            lmkan_deploy.bench(stack.onnx, inputs=wrong, seconds=0.01)
+
+
+def test_mistakes_of_the_call(stack: ExportedStack, tmp_path: Path) -> None:
+    for options, message in (
+        ({"models": []}, "at least one model"),
+        ({"runtimes": ()}, "at least one model"),
+        ({"batch_sizes": -1}, "batches of at least 1 row, found -1"),
+        ({"runtimes": "onnxruntime-x"}, "found 'onnxruntime-x'"),
+        ({"cuda_graphs": True}, "expected an engine with CUDA graphs"),
+        ({"plugin": "p.so"}, "expected an engine with a plugin"),
+        ({"device": 3}, "with GPU 3"),
+    ):
+        with pytest.raises(LmkanError, match=message):
+            lmkan_deploy.bench(**{"models": stack.onnx, "seconds": 0.01, **options})
+    save_model("Gather", TensorProto.FLOAT, tmp_path / "gather.onnx")
+    with pytest.raises(
+        InputError, match=r"gather\.onnx, random batch of 3: .*idx=1.*; pass --inputs"
+    ):
+        lmkan_deploy.bench(tmp_path / "gather.onnx", batch_sizes=3, seconds=0.01)
+    save_model("Identity", TensorProto.STRING, tmp_path / "text.onnx")
+    with pytest.raises(LmkanError, match=r"tensors of numbers, found x, a tensor\(string\)"):
+        lmkan_deploy.bench(tmp_path / "text.onnx", seconds=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["UINT16", "UINT32", "UINT64", "BOOL", "BFLOAT16"])
+def test_types(dtype: str, tmp_path: Path) -> None:
+    save_model("Identity", getattr(TensorProto, dtype), tmp_path / "m.onnx")
+    [found] = lmkan_deploy.bench(tmp_path / "m.onnx", batch_sizes=3, seconds=0.01)
+    assert found.batch == 3
+
+
+def save_model(op_type: str, dtype: int, path: Path) -> None:
+    """Passes x through, or takes its rows out of a single one."""
+    x = helper.make_tensor_value_info("x", TensorProto.INT64 if op_type == "Gather" else dtype, ["batch"])
+    y = helper.make_tensor_value_info("y", dtype, None)
+    table = helper.make_tensor("table", TensorProto.FLOAT, [1], [0.0])
+    names, weights = (["table", "x"], [table]) if op_type == "Gather" else (["x"], [])
+    graph = helper.make_graph([helper.make_node(op_type, names, ["y"])], "m", [x], [y], weights)
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
 
 
 def test_command_line(stack: ExportedStack, tmp_path: Path) -> None:
@@ -141,10 +192,21 @@ def test_times_are_readable(capsys: pytest.CaptureFixture[str]) -> None:
     times = {"least": 1e-6, "median": 4.567e-6, "p90": 1.234e-3, "p99": 2.5}
     report.print_latencies(
         [
-            Latency("a.onnx", "onnxruntime", 1, 9, **times, rows_per_second=1234.5, ratio=None),
-            Latency("b.onnx", "onnxruntime", 1, 9, **times, rows_per_second=2.5e6, ratio=(1.5, 1.25, 20.51)),
+            Latency("a.onnx", "onnxruntime", 1, 1, 9, **times, rows_per_second=1234.5, ratio=None),
+            Latency(
+                "b.onnx", "onnxruntime", 1, 64, 9, **times, rows_per_second=2.5e6, ratio=(1.5, 1.25, 20.51)
+            ),
         ]
     )
     out = capsys.readouterr().out
-    for text in ("4.57 µs", "1.23 ms", "2.5 s", "1.23 k", "2.5 M", "1.50 (1.25 to 20.5)"):
+    for text in (
+        "4.57 µs",
+        "1.23 ms",
+        "2.5 s",
+        "1.23 k",
+        "2.5 M",
+        "1.50 (1.25 to 20.5)",
+        "batch 1 ",
+        "batch 64",
+    ):
         assert text in out

@@ -36,7 +36,8 @@ def bench(
             min=1,
             max=_MAX_INT32,
             metavar="NUMBER",
-            help="Size of the free axes of the random inputs. May be repeated. Default: 1, 64, 1024.",
+            help="Size of the leading free axes of the random inputs; others are short. May be repeated. "
+            "Default: 1, 64, 1024.",
         ),
     ] = None,
     inputs: Annotated[

@@ -29,6 +29,9 @@ _DTYPES = {
     "tensor(int32)": "int32",
     "tensor(int16)": "int16",
     "tensor(int8)": "int8",
+    "tensor(uint64)": "uint64",
+    "tensor(uint32)": "uint32",
+    "tensor(uint16)": "uint16",
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
@@ -107,6 +110,11 @@ class OnnxRuntimeRunner:
         self.name = f"onnxruntime{'' if custom_ops else '-function'}{'-cuda' if cuda else ''}"
         self.inputs = [_spec(value) for value in self.session.get_inputs()]
         self.outputs = [_spec(value) for value in self.session.get_outputs()]
+        other = next((spec for spec in self.inputs if spec.dtype not in _DTYPES.values()), None)
+        if other is not None:
+            raise ModelError(
+                f"expected inputs that are tensors of numbers, found {other.name}, a {other.dtype}"
+            )
         self.limits = noted_limits(self.session.get_modelmeta().custom_metadata_map)
         self._has_bfloat16 = "bfloat16" in {spec.dtype for spec in (*self.inputs, *self.outputs)}
 
@@ -122,7 +130,7 @@ class OnnxRuntimeRunner:
         return {spec.name: array for spec, array in zip(self.outputs, results, strict=True)}
 
     def bind(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], object]:
-        """The session's own call on inputs that are checked and tried here.
+        """The session's own call on these inputs, which are checked here.
 
         Args:
             feeds: See `Runner.run`.
@@ -130,9 +138,10 @@ class OnnxRuntimeRunner:
         Raises:
             InputError: The arrays don't fit the inputs.
         """
-        self.run(feeds)
+        check_inputs(self.inputs, feeds, self.limits)
         if self._has_bfloat16:
-            return functools.partial(self._run_ort_values, feeds)
+            values = {name: _to_ort_value(np.ascontiguousarray(array)) for name, array in feeds.items()}
+            return functools.partial(self.session.run_with_ort_values, None, values)
         return functools.partial(self.session.run, None, dict(feeds))
 
     def _run_ort_values(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
