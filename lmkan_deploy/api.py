@@ -264,6 +264,8 @@ def optimize(
             if narrow:
                 require_agreement(staged, cases, rtol, progress)
             runners, allowed = [load_runner(staged)], allowed_error(rtol, narrow)
+            if allowed is None:
+                allowed = own_tolerance(model)
             if any(domain == DOMAIN for domain, _, _ in graph.functions):
                 runners.append(load_runner(staged, "onnxruntime-function"))
             verification = verify_runners(reference, runners, cases, rtol=allowed, progress=progress)
@@ -360,6 +362,8 @@ def verify(
         reference = _torch_runner(loaded, _input_specs(loaded, input_shapes), names)
     elif reference_model is not None:
         reference = load_runner(reference_model)
+        if rtol is None and not is_engine and own_tolerance(reference_model) is not None:
+            rtol = own_tolerance(model)
         result = verify_runners(reference, runners, cases, rtol=rtol, progress=progress)
         costs = None if is_engine else _layer_costs(model, reference_model, given or cases, progress)
         return replace(result, reference=str(reference_model), tables=costs)

@@ -108,6 +108,7 @@ class Calibration:
             progress: Called with a line at each step.
         """
         result = []
+        tables: set[tuple[int, str]] = set()
         for index, (node, wanted) in enumerate(zip(self._nodes, dtypes, strict=True)):
             dtype: str = wanted
             errors: dict[str, float] = {}
@@ -124,7 +125,7 @@ class Calibration:
                         errors[other] = error
             else:
                 dtype = table_dtype_of(node)
-            result.append(TableCost(name_of(node), dtype, _bytes(node, dtype), errors))
+            result.append(TableCost(name_of(node), dtype, _bytes_once(node, dtype, tables), errors))
         return TableCosts(result, self.error(dtypes), self._data)
 
     def costs_of(self, narrowed: ir.Model, progress: Callable[[str], None] = lambda _: None) -> TableCosts:
@@ -138,6 +139,7 @@ class Calibration:
             ModelError: A lookup node has no counterpart.
         """
         result = []
+        tables: set[tuple[int, str]] = set()
         others = {name_of(node): node for node in all_lookups(narrowed)}
         for node in self._nodes:
             other = others.get(name_of(node))
@@ -150,7 +152,7 @@ class Calibration:
             if dtype != table_dtype_of(node):
                 progress(f"measuring {name_of(node)} in {dtype}")
                 errors[dtype] = self._error_of(_with_table_of(self._model, node, other))
-            result.append(TableCost(name_of(node), dtype, _bytes(other, dtype), errors))
+            result.append(TableCost(name_of(node), dtype, _bytes_once(other, dtype, tables), errors))
         return TableCosts(result, self._error_of(narrowed), self._data)
 
     def choose(self, max_error: float, progress: Callable[[str], None] = lambda _: None) -> list[TableDtype]:
@@ -268,3 +270,12 @@ def _bytes(node: ir.Node, dtype: str) -> int:
     if dtype == "int8":
         return entries + scale_bytes(pairs, points - 1, outputs)
     return entries * (4 if dtype == "float32" else 2)
+
+
+def _bytes_once(node: ir.Node, dtype: str, tables: set[tuple[int, str]]) -> int:
+    """0 for a table in a type that `tables` has already, which gets it otherwise."""
+    key = (id(node.inputs[1]), dtype)
+    if key in tables:
+        return 0
+    tables.add(key)
+    return _bytes(node, dtype)

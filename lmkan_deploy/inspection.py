@@ -13,7 +13,7 @@ from lmkan_deploy.converters.byte_scales import scale_weights
 from lmkan_deploy.converters.model_file import initializer_bytes, load_model
 from lmkan_deploy.converters.onnx_function import is_lookup, is_quantized_lookup
 from lmkan_deploy.converters.passes import PASSES, noted_outcomes
-from lmkan_deploy.converters.passes.base import dtype_name
+from lmkan_deploy.converters.passes.base import dtype_name, name_of
 from lmkan_deploy.spec import DOMAIN
 
 
@@ -28,9 +28,10 @@ class LookupLayer:
         num_grids: G.
         table_dtype: Element type of the table.
         parameters: Number of table entries.
-        table_bytes: Their size, with the scales of an int8 table.
+        table_bytes: Their size, with the scales of an int8 table, but for what an earlier layer has too: a file
+            holds it once.
         multiply_adds: Multiply-adds a row: 4 for each pair and output.
-        table_of: An earlier layer that has the same table, which the file holds once; None for its first layer.
+        table_of: An earlier layer that has the same table; None for the first one.
     """
 
     name: str
@@ -122,24 +123,27 @@ def _is_layer(node: ir.Node) -> bool:
 
 
 def _layer(node: ir.Node, owners: dict[int, str]) -> LookupLayer | None:
-    """What a node is; `owners` gets the first node of each table."""
+    """What a node is; `owners` gets the first node of each table and of each weight that scales are made of."""
     table = node.inputs[1] if len(node.inputs) > 1 else None
     if table is None or table.shape is None or not all(isinstance(size, int) for size in table.shape):
         return None
     num_pairs, points, _, num_outputs = (int(size) for size in table.shape)  # type: ignore[arg-type]
     dtype = table.dtype or ir.DataType.FLOAT
     parameters = num_pairs * points * points * num_outputs
-    name = node.name or ""
     owner = owners.get(id(table))
-    owners.setdefault(id(table), name)
+    sizes = {id(table): int(parameters * dtype.itemsize)}
+    sizes |= {id(value): nbytes for value, nbytes in scale_weights(node)}
+    table_bytes = sum(nbytes for key, nbytes in sizes.items() if key not in owners)
+    for key in sizes:
+        owners.setdefault(key, name_of(node))
     return LookupLayer(
-        name=name,
+        name=node.name or "",
         num_inputs=2 * num_pairs,
         num_outputs=num_outputs,
         num_grids=points - 1,
         table_dtype=dtype_name(dtype),
         parameters=parameters,
-        table_bytes=int(parameters * dtype.itemsize) + sum(weight.nbytes for weight in scale_weights(node)),
+        table_bytes=table_bytes,
         multiply_adds=4 * num_pairs * num_outputs,
         table_of=owner,
     )

@@ -118,7 +118,8 @@ def _print_costs(costs: TableCosts | None) -> None:
         table.add_column(dtype, justify="right", no_wrap=True)
     for cost in costs.layers:
         errors = (f"{cost.errors[dtype]:.1e}" if dtype in cost.errors else "" for dtype in dtypes)
-        table.add_row(Text(cost.layer), cost.dtype, _bytes(cost.table_bytes), *errors)
+        size = _bytes(cost.table_bytes) if cost.table_bytes else "shared"
+        table.add_row(Text(cost.layer), cost.dtype, size, *errors)
     _console.print(table)
     size = _bytes(sum(cost.table_bytes for cost in costs.layers))
     _print(f"all tables, {size}: largest relative error {costs.together:.1e}")
@@ -249,7 +250,7 @@ def _print_layers(info: ModelInfo) -> None:
             str(layer.num_outputs),
             str(layer.num_grids),
             Text(f"as {layer.table_of}") if shared else f"{layer.parameters:,}",
-            "" if shared else _bytes(layer.table_bytes),
+            _bytes(layer.table_bytes) if layer.table_bytes else "",
             layer.table_dtype,
             f"{layer.multiply_adds:,}",
         )
@@ -262,7 +263,7 @@ def _print_layers(info: ModelInfo) -> None:
             "",
             "",
             f"{sum(layer.parameters for layer in owners):,}",
-            _bytes(sum(layer.table_bytes for layer in owners)),
+            _bytes(sum(layer.table_bytes for layer in info.layers)),
             "",
             f"{sum(layer.multiply_adds for layer in info.layers):,}",
         )

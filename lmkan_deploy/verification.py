@@ -86,7 +86,8 @@ class TableCost:
     Attributes:
         layer: Name of the node.
         dtype: The table's type in the model.
-        table_bytes: Its size in that type, the scales of an int8 table included.
+        table_bytes: Its size in that type, the scales of an int8 table included; 0 where an earlier layer has the
+            same one.
         errors: Type -> largest relative error of the model's outputs when this table alone has it, on the
             data; see `Comparison.max_rel`. A type whose range is too small is missing.
     """

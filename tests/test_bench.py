@@ -148,9 +148,7 @@ def test_mistakes_of_the_call(stack: ExportedStack, tmp_path: Path) -> None:
         with pytest.raises(LmkanError, match=message):
             lmkan_deploy.bench(**{"models": stack.onnx, "seconds": 0.01, **options})
     save_model("Gather", TensorProto.FLOAT, tmp_path / "gather.onnx")
-    with pytest.raises(
-        InputError, match=r"gather\.onnx, random batch of 3: .*idx=1.*; pass --inputs"
-    ):
+    with pytest.raises(InputError, match=r"gather\.onnx, random batch of 3: .*idx=1.*; pass --inputs"):
         lmkan_deploy.bench(tmp_path / "gather.onnx", batch_sizes=3, seconds=0.01)
     save_model("Identity", TensorProto.STRING, tmp_path / "text.onnx")
     with pytest.raises(LmkanError, match=r"tensors of numbers, found x, a tensor\(string\)"):

@@ -172,10 +172,14 @@ def test_ambiguous_checkpoints_are_refused(user_model: UserModel, tmp_path: Path
         with pytest.raises(CheckpointError, match=message):
             lmkan_deploy.load_checkpoint(tmp_path / "model.pt", user_model.architecture)
     # A key chooses.
+    averaged = {"n_averaged": torch.ones(1)} | {f"module.{name}": value for name, value in state.items()}
     other = {name: value + 1 for name, value in state.items()}
     for content, key in (
         ({"model": other, "model_ema": state}, "model_ema"),
         ({"nets": {"a": other, "b": state}}, "nets.b"),
+        ({"model": other, "ema": {"state_dict": state, "decay": 0.9}}, "ema"),
+        ({"nets": [other, state], "optimizer": {"state": {0: {"step": torch.ones(1)}}}}, "nets.1"),
+        ({"model": other, "swa": averaged}, "swa"),
         (
             {f"model.{name}": value for name, value in other.items()}
             | {f"ema.{n}": v for n, v in state.items()},
@@ -187,8 +191,12 @@ def test_ambiguous_checkpoints_are_refused(user_model: UserModel, tmp_path: Path
         torch.save(content, tmp_path / "model.pt")
         checkpoint = lmkan_deploy.load_checkpoint(tmp_path / "model.pt", user_model.architecture, key=key)
         assert_close(outputs(checkpoint, user_model.x), user_model.y)
-        for wrong in ("nothing", "model_em", "nets.b.c"):
-            with pytest.raises(CheckpointError, match="expected a network under --key .*, found a dict with"):
+        for wrong in ("nothing", "", "model_em", "nets.b.c"):
+            if (key, wrong) == ("ema", ""):
+                continue  # the whole file is one state dict
+            with pytest.raises(
+                CheckpointError, match="expected a network under --key .*, found networks under"
+            ):
                 lmkan_deploy.load_checkpoint(tmp_path / "model.pt", user_model.architecture, key=wrong)
     scaled = {"model": state, "scaler": {"mean": torch.zeros(3)}}  # tensors, but not of a network
     torch.save(scaled, tmp_path / "model.pt")

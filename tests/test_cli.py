@@ -21,6 +21,7 @@ import torch
 import lmkan_deploy
 from lmkan_deploy import api
 from lmkan_deploy import cli as command_line
+from lmkan_deploy.converters.passes import PASSES
 from networks import DATA, ExportedStack, make_stack
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +104,11 @@ def test_inspect(methane: Path) -> None:
         "multiply_adds": 4 * 16 * 32,
         "table_of": None,
     }
+
+
+def test_the_help_names_all_passes() -> None:
+    text = " ".join(cli("optimize", "--help").stdout.split())
+    assert [item.name for item in PASSES if item.name not in text] == []
 
 
 def test_passes_by_name(methane: Path, tmp_path: Path) -> None:

@@ -878,6 +878,64 @@ def test_relu_first_branches_in_other_words(relu: str, product: str, tmp_path: P
     assert op_types(model) == ["LMKAN2D"]
 
 
+SUMS = {
+    "difference": lambda layer, branch, c: layer - branch,
+    "difference, the other way round": lambda layer, branch, c: branch - layer,
+    "multiple": lambda layer, branch, c: layer + 2 * branch,
+    "multiple of each output": lambda layer, branch, c: layer + branch * c,
+    "quotient": lambda layer, branch, c: 0.5 * layer - branch / 4,
+    "quotients of each output": lambda layer, branch, c: branch / c + layer,
+    "negative": lambda layer, branch, c: -branch + layer,
+    "shift": lambda layer, branch, c: (branch + 3) * 0.5 + layer,
+    "multiple of a difference": lambda layer, branch, c: -3 * (2 * branch - layer) + c,
+}
+
+
+class Summed(Branched):
+    """The same of another sum."""
+
+    def __init__(self, total) -> None:
+        super().__init__(RELUS["relu"], PRODUCTS["linear"])
+        self.total = total
+        self.gain = torch.nn.Parameter(torch.rand(4) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.total(self.layer(x.T).T, self.linear(torch.relu(x)), self.gain)
+
+
+@pytest.mark.parametrize("total", SUMS)
+def test_differences_and_multiples_of_branches(total: str, tmp_path: Path) -> None:
+    assert op_types(check(Summed(SUMS[total]), "batch,6", tmp_path)) == ["LMKAN2D"]
+
+
+def test_what_divides_by_a_branch_stays(tmp_path: Path) -> None:
+    assert "Div" in op_types(check(Summed(lambda layer, branch, c: layer + c / branch), "batch,6", tmp_path))
+
+
+def test_every_batch_norm_that_stays_has_a_reason(tmp_path: Path) -> None:
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = LMKANConv2d(5, 2, 8, kernel_size=2, preconditioning="relu_first")
+            self.second = LMKANConv2d(6, 8, 6, kernel_size=1)
+            self.norms = torch.nn.ModuleList(torch.nn.BatchNorm2d(n) for n in (2, 8, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norms[1](self.first(self.norms[0](x)))
+            return self.norms[2](torch.tanh(self.second(x))) + 1
+
+    network = Network().eval()
+    for norm in network.norms:
+        norm.running_mean.normal_()
+    model = check(network, "n,2,4,4", tmp_path)
+    norms = [node.name for node in model.graph if node.op_type == "BatchNormalization"]
+    reasons = noted_outcomes(model.metadata_props)[1]["fold-scale-shift"]
+    assert len(norms) == len(reasons) == 3
+    assert "no lookup layer is before it" in reasons[0] or "would move the grid" in reasons[0]
+    assert "BatchNormalization stays: it follows Add, not a lookup layer alone" in reasons[1]
+    assert "BatchNormalization stays: it follows Tanh, not a lookup layer alone" in reasons[2]
+
+
 @pytest.mark.parametrize("other", NO_RELUS)
 def test_what_is_no_relu_stays(other: str, tmp_path: Path) -> None:
     model = check(Branched(NO_RELUS[other], PRODUCTS["linear"]), "batch,6", tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,17 +41,20 @@ def unwrap(content: Any, path: Path, key: str | None = None) -> dict[str, Tensor
     """
     found = list(_networks(content, ()))
     if key is not None:
-        found = [((key,), network) for each in found if (network := _under(key, *each))]
+        paths = [".".join(keys) or "the file itself" for keys, _ in found]
+        found = _under(key, found)
         if not found:
+            known = f"networks under {', '.join(paths[:5])}" if paths else _described(content)
             raise CheckpointError(
-                f"expected a network under --key {key} in {path}, found {_described(content)}"
+                f"expected a network under --key {key or repr(key)} in {path}, found {known}"
             )
     # Beside the network, scripts save other tensors by name, such as the statistics of the data.
     found = [(keys, network) for keys, network in found if _has_tables(network)] or found
     if len(found) > 1:
         places = ", ".join(".".join(keys) for keys, _ in found[:5])
+        which = "the one" if key is None else "all of the path of the one"
         raise CheckpointError(
-            f"expected one network in {path}, found several, under {places}; pass --key with the one to export"
+            f"expected one network in {path}, found several, under {places}; pass --key with {which} to export"
         )
     if not found:
         raise CheckpointError(f"expected a state dict or a module in {path}, found {_described(content)}")
@@ -65,17 +68,23 @@ def unwrap(content: Any, path: Path, key: str | None = None) -> dict[str, Tensor
 
 def _without_prefixes(entries: dict[str, _T]) -> dict[str, _T]:
     """Entries under their keys without what wrappers put before all of them."""
+    averaged = {key: value for key, value in entries.items() if key != "n_averaged"}
+    if averaged and all(key.startswith("module.") for key in averaged):  # of AveragedModel
+        entries = averaged
     while entries and any(all(key.startswith(prefix) for key in entries) for prefix in _PREFIXES):
         entries = {key.split(".", 1)[1]: value for key, value in entries.items()}
     return entries
 
 
-def _networks(
-    content: Any, keys: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], Mapping[str, Tensor] | nn.Module]]:
+_Network = Mapping[str, Tensor] | nn.Module
+
+
+def _networks(content: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], _Network]]:
     """Every module and state dict inside a checkpoint's content, with the keys that lead to it."""
     if isinstance(content, nn.Module):
         yield keys, content
+    if isinstance(content, list | tuple):
+        content = {str(index): value for index, value in enumerate(content) if not isinstance(value, Tensor)}
     if not isinstance(content, Mapping) or not content or not all(isinstance(key, str) for key in content):
         return
     if all(isinstance(value, Tensor) for value in content.values()):
@@ -86,19 +95,27 @@ def _networks(
 
 
 def _under(
-    key: str, keys: tuple[str, ...], network: Mapping[str, Tensor] | nn.Module
-) -> Mapping[str, Tensor] | nn.Module | None:
-    """What lies under a key: the network itself, or the part of its state whose keys begin with the rest."""
-    if ".".join(keys) == key:
-        return network
-    prefix = "".join(f"{each}." for each in keys)
-    if isinstance(network, nn.Module) or not key.startswith(prefix):
-        return None
-    rest = key.removeprefix(prefix).removesuffix(".") + "."
-    return {name.removeprefix(rest): value for name, value in network.items() if name.startswith(rest)}
+    key: str, found: Sequence[tuple[tuple[str, ...], _Network]]
+) -> list[tuple[tuple[str, ...], _Network]]:
+    """What lies under a key: the network of this path, or else those below it, or else the part of a state dict
+    whose own keys begin with the rest of it.
+    """
+    exact = [(keys, network) for keys, network in found if ".".join(keys) == key]
+    below = [(keys, network) for keys, network in found if ".".join(keys).startswith(f"{key}.")]
+    if exact or below or not key:
+        return exact[:1] or below
+    parts: list[tuple[tuple[str, ...], _Network]] = []
+    for keys, network in found:
+        prefix = "".join(f"{each}." for each in keys)
+        if isinstance(network, nn.Module) or not key.startswith(prefix):
+            continue
+        rest = key.removeprefix(prefix).removesuffix(".") + "."
+        part = {name.removeprefix(rest): value for name, value in network.items() if name.startswith(rest)}
+        parts += [((key,), part)] if part else []
+    return parts
 
 
-def _has_tables(network: Mapping[str, Tensor] | nn.Module) -> bool:
+def _has_tables(network: _Network) -> bool:
     state = network.state_dict() if isinstance(network, nn.Module) else network
     return any(map(_is_table, state))
 

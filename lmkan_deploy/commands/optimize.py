@@ -43,9 +43,9 @@ def optimize(
 ) -> None:
     """Run the graph passes on an exported model.
 
-    The passes rewrite it into a cheaper one that computes the same; export runs them already. In their order:
-    simplify-layout, fold-scale-shift, fold-linear-branch, drop-constant-pairs; fold-table-transpose and
-    clean-up always run.
+    The passes rewrite it into a cheaper one that computes the same; export runs them already:
+    sink-transposes, cancel-reshapes, simplify-layout, fold-scale-shift, fold-linear-branch and
+    drop-constant-pairs, until none finds anything; fold-table-transpose, clean-up and share-tables always run.
 
     Example:
 

@@ -19,14 +19,14 @@ _LARGEST_GRID = 6
 _LARGEST = 255
 
 
-def needs_byte_scales(num_grids: int) -> bool:
-    """Whether scales of tables with this G are stored in bytes."""
-    return num_grids <= _LARGEST_GRID
+def needs_byte_scales(num_pairs: int, num_grids: int) -> bool:
+    """Whether scales of tables of this size are stored in bytes. Those of a single pair would not be smaller."""
+    return num_grids <= _LARGEST_GRID and num_pairs > 1
 
 
 def scale_bytes(num_pairs: int, num_grids: int, num_outputs: int) -> int:
     """Bytes of a table's scales in a file."""
-    if needs_byte_scales(num_grids):
+    if needs_byte_scales(num_pairs, num_grids):
         return num_pairs * num_outputs + 4 * num_outputs
     return 4 * num_pairs * num_outputs
 
@@ -101,9 +101,12 @@ def constant_scales(node: ir.Node) -> NDArray[np.float32] | None:
     return arrays[0] if arrays else None
 
 
-def scale_weights(node: ir.Node) -> list[ir.TensorProtocol]:
-    """The weights that are a node's scales, or of which they are computed here; none of a node without scales."""
-    return [value.const_value for value in _constants(node) if value.const_value is not None]
+def scale_weights(node: ir.Node) -> list[tuple[ir.Value, int]]:
+    """The weights that are a node's scales, or of which they are computed here, and their bytes; none of a node
+    without scales.
+    """
+    tensors = [(value, ir.convenience.get_const_tensor(value)) for value in _constants(node)]
+    return [(value, tensor.nbytes) for value, tensor in tensors if tensor is not None]
 
 
 def _constants(node: ir.Node) -> list[ir.Value]:

@@ -1,4 +1,4 @@
-"""lookup(x) + Linear(x), and lookup(x) + Linear(ReLU(x)) -> the table.
+"""lookup(x) + Linear(x), and lookup(x) + Linear(ReLU(x)) -> the table; differences and multiples too.
 
 A bilinear function reproduces a linear one exactly, tails included, so a linear branch folds for every G.
 ReLU is piecewise linear with its kink at 0: it folds exactly when 0 is a grid point, that is for even G.
@@ -7,7 +7,7 @@ ReLU is piecewise linear with its kink at 0: it folds exactly when 0 is a grid p
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,14 +45,23 @@ class Linear:
     weight: NDArray[np.float64]
     bias: NDArray[np.float64]
 
+    def times(self, factor: float | NDArray[np.float64]) -> Linear:
+        """A multiple; one factor, or one for each output."""
+        return replace(self, weight=self.weight * factor, bias=self.bias * factor)
+
 
 def fold_linear_branch(model: ir.Model) -> Outcome:
     """Folds every such branch that is exact to fold."""
     outcome = Outcome()
     for node in list(model.graph):
-        if not is_op(node, "Add"):
+        if not is_op(node, "Add", "Sub"):
             continue
-        for lookup_side, linear_side in (tuple(node.inputs), tuple(reversed(node.inputs))):
+        left, right = node.inputs
+        sign = -1.0 if node.op_type == "Sub" else 1.0
+        for lookup_side, linear_side, lookup_sign, linear_sign in (
+            (left, right, 1.0, sign),
+            (right, left, sign, 1.0),
+        ):
             lookup = None if lookup_side is None else lookup_side.producer()
             if lookup_side is None or linear_side is None or lookup is None or not is_lookup(lookup):
                 continue
@@ -71,7 +80,7 @@ def fold_linear_branch(model: ir.Model) -> Outcome:
                 break
             table = float32_table(lookup)
             assert table is not None
-            folded = _with_branch(table, branch)
+            folded = _with_branch(np.float32(lookup_sign) * table, branch.times(linear_sign))
             if not np.isfinite(folded).all():
                 outcome.refused.append(f"{name_of(lookup)}: {form} stays: the table would not be finite")
                 break
@@ -120,22 +129,28 @@ def _with_branch(table: NDArray[np.float32], branch: Linear) -> NDArray[np.float
     return result
 
 
-def _linear(value: ir.Value) -> Linear | None:
+def _linear(value: ir.Value | None) -> Linear | None:
     """The linear function that a value is, if it is one."""
-    node = value.producer()
+    node = None if value is None else value.producer()
     if node is None:
         return None
     if is_op(node, "Gemm"):
         return _gemm(node)
-    if is_op(node, "Add"):
-        for product, other in (tuple(node.inputs), tuple(reversed(node.inputs))):
-            bias = constant(other)
-            if product is None or bias is None or not is_op(product.producer(), "MatMul", "Einsum"):
-                continue
-            inner = _linear(product)
-            if inner is not None and bias.size in (1, inner.weight.shape[1]) and bias.ndim <= 1:
-                total = inner.bias + bias.astype(np.float64)
-                return Linear(inner.features, inner.relu, inner.weight, total)
+    if is_op(node, "Neg"):
+        inner = _linear(node.inputs[0])
+        return None if inner is None else inner.times(-1)
+    if is_op(node, "Add", "Mul", "Div"):
+        for source, other in (tuple(node.inputs), tuple(reversed(node.inputs))):
+            array = constant(other)
+            inner = None if array is None else _linear(source)
+            if inner is not None and array is not None and _is_row(array, inner.weight.shape[1]):
+                if node.op_type == "Add":
+                    return replace(inner, bias=inner.bias + array.astype(np.float64))
+                if node.op_type == "Mul":
+                    return inner.times(array.astype(np.float64))
+                if source is node.inputs[0]:
+                    with np.errstate(divide="ignore"):  # what is not finite is refused later
+                        return inner.times(1 / array.astype(np.float64))
         return None
     if is_op(node, "MatMul", "Einsum"):
         weight = constant(node.inputs[1]) if is_op(node, "MatMul") else _einsum_weight(node)
@@ -143,6 +158,11 @@ def _linear(value: ir.Value) -> Linear | None:
             return None
         return _before_relu(node.inputs[0], weight.astype(np.float64), np.zeros(weight.shape[1]))
     return None
+
+
+def _is_row(array: NDArray[Any], outputs: int) -> bool:
+    """Whether an array has one value, or one for each output."""
+    return array.ndim <= 1 and array.size in (1, outputs)
 
 
 def _einsum_weight(node: ir.Node) -> NDArray[Any] | None:

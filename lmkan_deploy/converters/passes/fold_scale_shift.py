@@ -32,6 +32,8 @@ from lmkan_deploy.converters.passes.base import (
     used_once,
 )
 
+_LAYOUT = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -59,11 +61,7 @@ def fold_scale_shift(model: ir.Model) -> Outcome:
             continue
         found = _find_lookup(affine.data, affine.axis)
         if found is None:
-            outcome.refused += [
-                f"{name_of(use.node)}: {node.op_type} before it stays: it would move the grid"
-                for use in node.outputs[0].uses()
-                if is_lookup(use.node) and use.idx == 0
-            ]
+            outcome.refused += _why_it_stays(node, affine)
             continue
         lookup, reason = found
         table = float32_table(lookup)
@@ -86,6 +84,36 @@ def fold_scale_shift(model: ir.Model) -> Outcome:
         bypass(node, affine.data)
         outcome.applied.append(f"{name_of(lookup)}: {node.op_type}")
     return outcome
+
+
+def _why_it_stays(node: ir.Node, affine: Affine) -> list[str]:
+    """Of a BatchNorm, and of what else is before a lookup layer: there is none whose outputs it scales."""
+    after = [name_of(user) for user in _users(node.outputs[0]) if is_lookup(user)]
+    source = affine.data.producer()
+    while source is not None and is_op(source, *_LAYOUT) and source.inputs[0] is not None:
+        source = source.inputs[0].producer()
+    if source is not None and (after or is_op(node, "BatchNormalization")):
+        return [
+            f"{name_of(node)}: {node.op_type} stays: it follows {source.op_type}, not a lookup layer alone"
+        ]
+    if after:
+        return [f"{name}: {node.op_type} before it stays: it would move the grid" for name in after]
+    return (
+        [f"{name_of(node)}: it stays: no lookup layer is before it"]
+        if is_op(node, "BatchNormalization")
+        else []
+    )
+
+
+def _users(value: ir.Value) -> list[ir.Node]:
+    """Nodes that use a value, also behind reshapes and transposes."""
+    users = []
+    for use in value.uses():
+        if is_op(use.node, *_LAYOUT):
+            users += _users(use.node.outputs[0])
+        elif use.idx == 0 or not is_lookup(use.node):
+            users.append(use.node)
+    return users
 
 
 def _scaled(
@@ -166,10 +194,7 @@ def _find_lookup(value: ir.Value, axis: int | None) -> tuple[ir.Node, str | None
             rank = None if value.shape is None else len(value.shape)
             is_last = axis is None or (rank is not None and axis == rank - 1)
             return node, reason if is_last else "it does not go along the outputs"
-        if (
-            is_op(node, "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
-            and node.inputs[0] is not None
-        ):
+        if is_op(node, *_LAYOUT) and node.inputs[0] is not None:
             axis = axis if axis is None else _axis_before(node, axis)
             if axis == -1:
                 return None
