@@ -18,11 +18,14 @@ import lmkan_deploy
 from lmkan_deploy import report
 from lmkan_deploy.converters.byte_scales import from_bytes, to_bytes
 from lmkan_deploy.converters.model_file import load_model
+from lmkan_deploy.converters.quantize import round_table, table_scales
 from lmkan_deploy.converters.table_dtype import store_scales
 from lmkan_deploy.errors import ExportError, InputError, VerificationError
 from lmkan_deploy.nn import LMKAN2DLayer
+from lmkan_deploy.reference import dequantize_table, lookup2d
 from lmkan_deploy.runtime.runner import load_runner
 from lmkan_deploy.spec import OP_TYPE, QUANTIZED_OP_TYPE, TableDtype
+from lmkan_deploy.verification import TableCosts
 from networks import ExportedStack, UserModel, make_stack
 
 UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 2.0**-8}
@@ -103,16 +106,57 @@ def test_scales_in_bytes_are_computed_when_a_model_is_loaded(stack: ExportedStac
     assert [node.op_type for node in optimized.node] == [QUANTIZED_OP_TYPE] * 2
 
 
+@pytest.mark.parametrize("num_grids", [3, 4, 5, 6, 8])
+def test_int8_tables_of_few_pairs_are_a_quarter(num_grids: int, tmp_path: Path) -> None:
+    torch.save(make_stack(2, 12, 64, 1, num_grids=num_grids).state_dict(), tmp_path / "model.pt")
+    result = lmkan_deploy.export(tmp_path / "model.pt", table_dtype="int8", check=False)
+    assert result.info.weight_bytes <= 0.27 * 4 * sum(layer.parameters for layer in result.info.layers)
+    assert (
+        sum(cost.table_bytes for cost in measured(result.path, tmp_path).layers) == result.info.weight_bytes
+    )
+
+
+def measured(path: Path, folder: Path) -> TableCosts:
+    """Costs by layer, against the same stack with float32 tables."""
+    wide = lmkan_deploy.export(folder / "model.pt", folder / "wide.onnx", check=False).path
+    costs = lmkan_deploy.verify(path, reference_model=wide, rtol=1.0).tables
+    assert costs is not None
+    return costs
+
+
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99), st.floats(0, 12))
 @settings(max_examples=100, deadline=None)
 def test_scales_in_bytes_clip_nothing(pairs: int, outputs: int, seed: int, spread: float) -> None:
     exponents = np.random.default_rng(seed).uniform(-spread, spread, (pairs, outputs))
     scales = (10.0**exponents).astype(np.float32)
     scales[0, 0] = np.finfo(np.float32).tiny
-    rounded = from_bytes(*to_bytes(scales))
+    multiple, step = to_bytes(scales)
+    rounded = from_bytes(multiple, step)
     assert rounded.dtype == np.float32
     assert (rounded >= (1 - 1e-6) * scales).all()
-    assert (rounded <= scales + (1 / 255 + 1e-6) * scales.max(axis=0)).all()
+    largest = scales.max(axis=0)
+    assert step.shape == ((1,) if largest.max() <= 16 * largest.min() else (outputs,))
+    largest = largest.max() if step.shape == (1,) else largest
+    assert (rounded <= scales + (1 / 255 + 1e-6) * largest).all()
+
+
+@pytest.mark.parametrize("spread", [1, 10, 1000])
+@pytest.mark.parametrize("num_grids", [3, 6])
+def test_scales_in_bytes_cost_little(num_grids: int, spread: float) -> None:
+    """Errors of outputs, relative to those with float32 scales."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((500, 64))
+    shape = (32, num_grids + 1, num_grids + 1, 20)
+    outputs = np.exp(rng.uniform(0, np.log(spread), 20))
+    table = (rng.standard_normal(shape) * rng.uniform(0.3, 1, (32, 1, 1, 20)) * outputs).astype(np.float32)
+    want = lookup2d(x, table)
+    scales = table_scales(table)
+    errors = [
+        np.sqrt(np.square(lookup2d(x, dequantize_table(round_table(table, s), s)) - want).mean(0))
+        for s in (scales, from_bytes(*to_bytes(scales)))
+    ]
+    assert (errors[1] / errors[0]).max() < 1.2
+    assert (errors[1] / errors[0]).mean() < 1.05
 
 
 def test_a_tighter_tolerance_than_the_type_gives_fails(stack: ExportedStack, tmp_path: Path) -> None:

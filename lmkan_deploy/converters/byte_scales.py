@@ -1,7 +1,7 @@
 """Scales of int8 tables of small grids, stored in a byte each.
 
 A scale of float32 takes 4 bytes beside (G + 1)² entries of one byte: 8% at G = 6, 25% at G = 3. Such tables keep
-multiples of a step instead, one step for each output. `Cast` and `Mul` make the operator's scales of them;
+multiples of a step instead, one step for all outputs or for each. `Cast` and `Mul` make the operator's scales of them;
 runtimes compute these once, when they load the model.
 """
 
@@ -18,16 +18,21 @@ _LARGEST_GRID = 6
 
 _LARGEST = 255
 
+_ONE_STEP = 16
+"""Up to this ratio of outputs' largest scales one step does for all: it makes the smallest's 6% coarser. A step for
+each output costs 4 bytes, as much as 4 pairs' scales.
+"""
 
-def needs_byte_scales(num_pairs: int, num_grids: int) -> bool:
-    """Whether scales of tables of this size are stored in bytes. Those of a single pair would not be smaller."""
-    return num_grids <= _LARGEST_GRID and num_pairs > 1
+
+def needs_byte_scales(num_grids: int) -> bool:
+    """Whether scales of tables with this G are stored in bytes."""
+    return num_grids <= _LARGEST_GRID
 
 
 def scale_bytes(num_pairs: int, num_grids: int, num_outputs: int) -> int:
-    """Bytes of a table's scales in a file."""
-    if needs_byte_scales(num_pairs, num_grids):
-        return num_pairs * num_outputs + 4 * num_outputs
+    """Bytes of a table's scales in a file, with one step for all outputs."""
+    if needs_byte_scales(num_grids):
+        return num_pairs * num_outputs + 4
     return 4 * num_pairs * num_outputs
 
 
@@ -38,10 +43,14 @@ def to_bytes(scales: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np
         scales: [P, N_out], all positive.
 
     Returns:
-        Multiples, [P, N_out], and steps, [N_out]. Their product is at most a 255th of an output's largest
-        scale above the scale: outputs add up over the pairs, so what counts is the pair with the largest.
+        Multiples, [P, N_out], and the step, [1], or steps, [N_out]. Their product is at most a step above the
+        scale. A step is a 255th of an output's largest scale (outputs add up over the pairs, so what counts is the
+        pair with the largest), or of the table's, where no output's is much smaller.
     """
-    step = np.maximum(scales.max(axis=0) / np.float32(_LARGEST), np.finfo(np.float32).tiny).astype(np.float32)
+    largest = scales.max(axis=0)
+    if largest.max() <= _ONE_STEP * largest.min():
+        largest = largest.max(keepdims=True)
+    step = np.maximum(largest / np.float32(_LARGEST), np.finfo(np.float32).tiny).astype(np.float32)
     multiple = np.ceil(scales.astype(np.float64) / step)
     return np.clip(multiple, 1, _LARGEST).astype(np.uint8), step
 
@@ -61,7 +70,7 @@ def add_byte_scales(
         before: The first node that uses the scales.
         name: Of the scales.
         multiple: [P, N_out].
-        step: [N_out].
+        step: [1] or [N_out].
 
     Returns:
         The scales, [P, N_out] float32.

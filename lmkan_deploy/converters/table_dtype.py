@@ -150,7 +150,7 @@ def _quantize(
     name = drop_table(graph, node)
     if id(original) not in quantized:
         scales = table_scales(table, importance)
-        if needs_byte_scales(table.shape[0], table.shape[1] - 1):
+        if needs_byte_scales(table.shape[1] - 1):
             multiple, step = to_bytes(scales)
             scales = from_bytes(multiple, step)
             scale = add_byte_scales(graph, node, f"{name_of(node)}.scale", multiple, step)
