@@ -47,7 +47,12 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> ExportedStack:
 
 @pytest.fixture(scope="session")
 def cuda_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything that nvcc builds, for compute capability 9.0; build.log has ptxas's report."""
+    """A folder with everything that nvcc builds, for compute capability 9.0; build.log has ptxas's report.
+
+    LMKAN_CUDA_BUILD names a folder that is built already.
+    """
+    if os.environ.get("LMKAN_CUDA_BUILD"):
+        return Path(os.environ["LMKAN_CUDA_BUILD"])
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed: the CUDA kernels can't be compiled here")
     folder = tmp_path_factory.mktemp("cuda-build")

@@ -167,3 +167,29 @@ def test_layers_make_every_tensor_where_x_is(module: torch.nn.Module, shape: tup
     layers = [part for part in module.modules() if hasattr(part, "get_hessian_regularization")]
     (y.sum() + sum(layer.get_hessian_regularization() for layer in layers)).backward()
     assert all(p.grad is not None and p.grad.device.type == "meta" for p in module.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and PyTorch with CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_networks_on_a_gpu(dtype: torch.dtype) -> None:
+    """Outputs, a training step, and the regularization, beside those of the CPU in float64."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        LMKANConv2d(6, 3, 8, kernel_size=2, preconditioning="relu_first"),
+        torch.nn.Flatten(),
+        PreconditionedLMKAN2D(6, 8 * 16, 8, "linear"),
+        LMKAN2DLayer(5, 8, 1),
+    )
+    x = torch.randn(16, 3, 8, 8)
+    results = []
+    for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
+        copied = copy.deepcopy(network).to(device, kind)
+        y = copied(x.to(device, kind))
+        y.square().mean().backward()
+        gradients = [parameter.grad for parameter in copied.parameters()]
+        results.append([y, *gradients, copied[3].get_hessian_regularization()])
+        assert {tensor.device.type for tensor in results[-1]} == {device}
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    for want, found in zip(*results, strict=True):
+        assert (found.double().cpu() - want).abs().max() <= tolerance * want.abs().max()

@@ -150,3 +150,49 @@ def test_it_makes_every_tensor_where_x_is(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch_op, "_grid", lambda count, dtype, _: grid(count, dtype, torch.device("cpu")))
     with pytest.raises(RuntimeError, match="device"):
         torch_op._lookup2d_torch(x, table)
+
+
+# --- On a GPU ----------------------------------------------------------------------------------------
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and PyTorch with CUDA")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)], ids=str
+)
+@pytest.mark.parametrize("shape", [(0, 6), (1, 6), (1000, 6), (3, 0, 6), (2, 5, 6)], ids=str)
+def test_values_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    x, table = 2 * torch.randn(shape), torch.randn(3, 9, 9, 7)
+    x, table = x.to("cuda", dtype), table.to("cuda", dtype)
+    y = lookup(x, table)
+    assert (y.device, y.dtype, y.shape) == (x.device, dtype, (*shape[:-1], 7))
+    want = lookup2d(x.double().cpu().numpy().reshape(-1, 6), table.double().cpu().numpy())
+    error = np.abs(y.double().cpu().numpy().reshape(-1, 7) - want).max(initial=0.0)
+    assert error <= tolerance * np.abs(want).max(initial=1.0)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_gradients_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    x, table, weight = torch.randn(500, 6), torch.randn(3, 9, 9, 7), torch.randn(500, 7)
+    found = {}
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float64), ("cuda", torch.float32)):
+        leaves = [t.to(device, dtype).requires_grad_() for t in (x, table)]
+        (lookup(*leaves) * weight.to(device, dtype)).sum().backward()
+        found[device, dtype] = [t.grad.double().cpu() for t in leaves]
+    for key, tolerance in ((("cuda", torch.float64), 1e-10), (("cuda", torch.float32), 1e-4)):
+        for gradient, want in zip(found[key], found["cpu", torch.float64], strict=True):
+            assert (gradient - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_compile_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    x, table = torch.randn(64, 6, device="cuda"), torch.randn(3, 9, 9, 7, device="cuda")
+    compiled = torch.compile(lambda x, table: torch.relu(lookup(x, table)) + 1, fullgraph=True)
+    torch.testing.assert_close(compiled(x, table), torch.relu(lookup(x, table)) + 1)

@@ -1,8 +1,8 @@
 """Scales of int8 tables of small grids, stored in a byte each.
 
 A scale of float32 takes 4 bytes beside (G + 1)² entries of one byte: 8% at G = 6, 25% at G = 3. Such tables keep
-multiples of a step instead, one step for all outputs or for each. `Cast` and `Mul` make the operator's scales of them;
-runtimes compute these once, when they load the model.
+multiples of a step instead, one step for all outputs or for each. `Cast` and `Mul` make the operator's scales
+of them; runtimes compute these once, when they load the model.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _LARGEST_GRID = 6
 _LARGEST = 255
 
 _ONE_STEP = 16
-"""Up to this ratio of outputs' largest scales one step does for all: it makes the smallest's 6% coarser. A step for
-each output costs 4 bytes, as much as 4 pairs' scales.
+"""Up to this ratio of outputs' largest scales one step does for all: it makes the smallest's 6% coarser. A step
+for each output costs 4 bytes, as much as 4 pairs' scales.
 """
 
 
@@ -44,8 +44,8 @@ def to_bytes(scales: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np
 
     Returns:
         Multiples, [P, N_out], and the step, [1], or steps, [N_out]. Their product is at most a step above the
-        scale. A step is a 255th of an output's largest scale (outputs add up over the pairs, so what counts is the
-        pair with the largest), or of the table's, where no output's is much smaller.
+        scale. A step is a 255th of an output's largest scale (outputs add up over the pairs, so what counts is
+        the pair with the largest), or of the table's, where no output's is much smaller.
     """
     largest = scales.max(axis=0)
     if largest.max() <= _ONE_STEP * largest.min():
