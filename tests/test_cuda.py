@@ -46,11 +46,13 @@ def test_kernels_do_not_spill(cuda_build: Path) -> None:
         r" loads\nptxas info\s*: Used (\d+) registers",
         (cuda_build / "build.log").read_text(),
     )
-    # Four types of tables: SHARED, and GATHER with aligned and other corners.
-    assert len(kernels) == 12
+    # Four types of tables: SHARED in two forms, and GATHER with aligned and other corners.
+    assert len(kernels) == 16
     for name, stack, stores, loads, registers in kernels:
-        assert (stack, stores, loads) == ("0", "0", "0"), name
-        assert int(registers) <= (128 if "SharedKernel" in name else 255), name
+        # What is before and after the sums may leave a few values in memory where there are 64 sums.
+        most = 48 if "BulkKernel" in name else 0
+        assert max(int(stack), int(stores), int(loads)) <= most, name
+        assert int(registers) <= (255 if "GatherKernel" in name else 128), name
 
 
 def test_symbols(library: Path) -> None:

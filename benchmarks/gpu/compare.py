@@ -1,6 +1,6 @@
 """Times the CUDA kernels against upstream's, and against dense layers, in one run on the same inputs.
 
-Usage: compare.py LIBLMKAN_CUDA OUTPUT.json [--upstream]
+Usage: compare.py LIBLMKAN_CUDA OUTPUT.json [--upstream] [--only-auto]
 
 Exits with 1 where a form failed or gave wrong values; a target that is missed changes nothing.
 """
@@ -189,7 +189,7 @@ def raise_if_lost(error: Exception) -> None:
         raise ContextLostError(describe_error(error)) from lost
 
 
-def measure_case(case: Case, library: Any, with_upstream: bool) -> dict[str, Any]:
+def measure_case(case: Case, library: Any, with_upstream: bool, only_auto: bool) -> dict[str, Any]:
     """Method, and for each form its times or its problem."""
     torch.manual_seed(0)
     inputs = [torch.randn((case.batch, case.widths[0]), device=DEVICE) for _ in range(case.num_inputs)]
@@ -209,7 +209,7 @@ def measure_case(case: Case, library: Any, with_upstream: bool) -> dict[str, Any
             makers[f"upstream, tile {widths}"] = (lambda tile=tile: upstream(tile), wants["float32"])
     for name, dtype in TABLES.items():
         narrowed = narrow(tables, dtype)
-        for tactic in offered_tactics(library, narrowed):
+        for tactic in offered_tactics(library, narrowed) if not only_auto else ["auto"]:
             makers[f"{name}, {tactic}"] = (
                 lambda narrowed=narrowed, tactic=tactic: library_form(library, narrowed, tactic, inputs),
                 wants[name],
@@ -356,7 +356,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run_cases(library_path: Path, output: Path, with_upstream: bool, first: int) -> int:
+def run_cases(library_path: Path, output: Path, with_upstream: bool, only_auto: bool, first: int) -> int:
     """Measures the cases from `first` on and saves after each; exit status."""
     torch.backends.cuda.matmul.allow_tf32 = False
     library = load_library(str(library_path.resolve()))
@@ -365,7 +365,7 @@ def run_cases(library_path: Path, output: Path, with_upstream: bool, first: int)
     output.write_text(json.dumps(results, indent=1))
     for case in CASES[first:]:
         try:
-            result = measure_case(case, library, with_upstream)
+            result = measure_case(case, library, with_upstream, only_auto)
         except Exception as error:
             result = failed_case(describe_error(error))
             if isinstance(error, ContextLostError):
@@ -395,10 +395,12 @@ def main() -> None:
     parser.add_argument("library", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--upstream", action="store_true")
+    parser.add_argument("--only-auto", action="store_true", help="leave out the tactics themselves")
     parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.first is not None:
-        sys.exit(run_cases(arguments.library, arguments.output, arguments.upstream, arguments.first))
+        options = (arguments.upstream, arguments.only_auto, arguments.first)
+        sys.exit(run_cases(arguments.library, arguments.output, *options))
     arguments.output.unlink(missing_ok=True)
     first = 0
     while first < len(CASES):

@@ -18,10 +18,16 @@ cudaError_t LaunchGather(const Lookup& lookup, const GatherPlan& plan, cudaStrea
 cudaError_t LaunchShared(const Lookup& lookup, const SharedPlan& plan, int32_t shared_per_block,
                          cudaStream_t stream);
 
+// The same with slices copied by hardware. False where that can't be done, and nothing was
+// launched.
+bool LaunchBulk(const Lookup& lookup, const SharedPlan& plan, int32_t shared_per_block,
+                cudaStream_t stream, cudaError_t* error);
+
 // Whether the current device can run the kernels for a type of entries. This also loads them, so
 // that later launches need not.
 cudaError_t LoadGather(lmkan_dtype table_dtype);
 cudaError_t LoadShared(lmkan_dtype table_dtype);
+cudaError_t LoadBulk(lmkan_dtype table_dtype);
 
 // The blocks of a kernel take turns at `items` items, since a grid has less than 2^31 blocks.
 template <class Arguments>

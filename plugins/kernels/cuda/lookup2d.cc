@@ -150,7 +150,10 @@ cudaError_t GetDevice(Device* device) {
   if (error != cudaSuccess) return error;
   int shared = 0;
   error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  *device = {processors, shared};
+  if (error != cudaSuccess) return error;
+  int major = 0;
+  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  *device = {processors, shared, major >= 9};
   return error;
 }
 
@@ -201,7 +204,10 @@ lmkan_status Run(const lmkan_table_desc& desc, lmkan_dtype dtype, const void* x,
           "use tactic GATHER (1) or AUTO (0)",
           static_cast<long long>(desc.num_grids), device.shared_per_block);
     }
-    error = LaunchShared(lookup, plan, device.shared_per_block, stream);
+    if (!PrefersBulk(problem, device) ||
+        !LaunchBulk(lookup, plan, device.shared_per_block, stream, &error)) {
+      error = LaunchShared(lookup, plan, device.shared_per_block, stream);
+    }
   } else {
     error = LaunchGather(lookup, PlanGather(problem, device), stream);
   }
@@ -223,6 +229,7 @@ int32_t lmkan_cuda_tactics(const lmkan_table_desc* desc, lmkan_dtype dtype,
   cudaError_t error = GetDevice(&device);
   if (error == cudaSuccess && PlanShared(DescribeProblem(*desc, 1), device).threads != 0) {
     error = LoadShared(desc->dtype);
+    if (error == cudaSuccess && device.copies_in_bulk) error = LoadBulk(desc->dtype);
     found[count++] = LMKAN_CUDA_SHARED;
   }
   if (error == cudaSuccess) {

@@ -8,12 +8,19 @@
 
 #include "lmkan/lookup2d.h"
 
+#if defined(__CUDACC__)
+#define LMKAN_HOST_DEVICE __host__ __device__
+#else
+#define LMKAN_HOST_DEVICE
+#endif
+
 namespace lmkan::cuda {
 
 // What matters of a device.
 struct Device {
   int32_t num_processors;    // streaming multiprocessors
   int32_t shared_per_block;  // bytes of shared memory that a block may opt in to
+  bool copies_in_bulk;       // has the tensor memory accelerator
 };
 
 // What matters of a lookup.
@@ -68,17 +75,30 @@ inline constexpr ThreadShare kShare<4> = {2, 8};
 template <>
 inline constexpr ThreadShare kShare<1> = {1, 4};
 
+// Where slices are copied by hardware, more of them can be on the way, each in boxes of a few
+// cells.
+inline constexpr int kMostStages = 4;
+inline constexpr int kMostBoxCells = 256;
+inline constexpr int kBarrierBytes = 128;
+
 struct SharedPlan {
   int32_t threads;  // a multiple of 32; 0: the slices don't fit this device
-  int32_t stages;   // slices in shared memory: 2, so that one is copied meanwhile, or 1
+  int32_t stages;   // slices in shared memory
+  int32_t boxes;    // of a slice
+  int32_t box_cells;
   int32_t rows;
   int32_t cell_bytes;   // of the grid at the start of shared memory
   int32_t stage_bytes;  // of a slice, and of its scales
   int32_t shared_bytes;
   int64_t num_items;
+
+  LMKAN_HOST_DEVICE int32_t copy_stages() const { return stages < 2 ? stages : 2; }
 };
 
 SharedPlan PlanShared(const Problem& problem, const Device& device);
+
+// Whether slices should be copied by hardware.
+bool PrefersBulk(const Problem& problem, const Device& device);
 
 // Whether SHARED should be faster than GATHER. False where it does not fit.
 bool PrefersShared(const Problem& problem, const Device& device);

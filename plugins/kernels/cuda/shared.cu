@@ -4,6 +4,7 @@
 
 #include "corners.cuh"
 #include "launch.h"
+#include "shared.cuh"
 
 namespace lmkan::cuda {
 
@@ -13,8 +14,6 @@ struct SharedArguments {
 };
 
 namespace {
-
-constexpr int kTileChunks = kTileBytes / kChunkBytes;
 
 // Starts the copy of num_cells corners of a tile, in units of kUnit bytes: those of a corner that
 // exist, `tile_bytes` bytes, a multiple of kUnit. Corners lie `corner_bytes` apart.
@@ -38,22 +37,6 @@ __device__ inline void CopyCorners(const char* from, char* to, int32_t num_cells
   }
 }
 
-// Where the four scales of word `word` of chunk `chunk` lie in a stage, in units of float4: not
-// side by side, so that the chunks of eight neighbouring threads are in different banks.
-__device__ inline int ScaleIndex(int chunk, int word) { return word * kTileChunks + chunk; }
-
-template <class T>
-__device__ inline void CopyScales(const Lookup& lookup, int64_t pair, int64_t tile, char* to) {
-  if constexpr (sizeof(T) == 1) {
-    for (int32_t i = threadIdx.x; i < kTileBytes && tile + i < lookup.num_outputs;
-         i += blockDim.x) {
-      const int index = 4 * ScaleIndex(i / kChunkBytes, i % kChunkBytes / 4) + i % 4;
-      __pipeline_memcpy_async(to + 4 * index, lookup.scales + pair * lookup.num_outputs + tile + i,
-                              4);
-    }
-  }
-}
-
 // Starts the copy of a pair's slice, and of its scales behind it. Bytes of outputs that don't exist
 // stay as they are: their sums are not stored.
 template <class T>
@@ -72,34 +55,7 @@ __device__ inline void CopySlice(const Lookup& lookup, int64_t pair, int64_t til
   } else {
     CopyCorners<sizeof(T)>(from, to, num_cells, corner_bytes, tile_bytes);
   }
-  CopyScales<T>(lookup, pair, tile, to + num_cells * kTileBytes);
-}
-
-// Scales of a chunk in shared memory, for AddChunk.
-struct StageScales {
-  const float4* scales;
-  int chunk;
-
-  __device__ float4 operator()(int word) const { return scales[ScaleIndex(chunk, word)]; }
-};
-
-template <int kOutputs>
-__device__ inline void StoreChunk(const Lookup& lookup, int64_t row, int64_t output,
-                                  const float (&sums)[kOutputs]) {
-  const int64_t index = row * lookup.num_outputs + output;
-  if (lookup.num_outputs % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kOutputs; i += 4) {
-      if (output + i >= lookup.num_outputs) return;
-      StoreFourOutputs(lookup.y, lookup.x_dtype, index + i, sums + i);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kOutputs; ++i) {
-      if (output + i < lookup.num_outputs)
-        StoreOutput(lookup.y, lookup.x_dtype, index + i, sums[i]);
-    }
-  }
+  CopyScales<T>(lookup, pair, tile, to + num_cells * kTileBytes, threadIdx.x, blockDim.x);
 }
 
 }  // namespace
@@ -150,13 +106,13 @@ __global__ void __launch_bounds__(kSharedMostThreads, 1)
 
     // The stages may still be read by threads that are in the last item.
     __syncthreads();
-    if (plan.stages == 2) {
+    if (plan.copy_stages() == 2) {
       CopySlice<T>(lookup, 0, tile, stages);
       __pipeline_commit();
     }
     for (int32_t pair = 0; pair < num_pairs; ++pair) {
       char* stage = stages;
-      if (plan.stages == 2) {
+      if (plan.copy_stages() == 2) {
         stage += pair % 2 * plan.stage_bytes;
       } else {
         if (pair > 0) __syncthreads();  // nobody reads the last slice
@@ -166,7 +122,7 @@ __global__ void __launch_bounds__(kSharedMostThreads, 1)
       __pipeline_wait_prior(0);
       // The slice is complete, and with two stages nobody reads the other one.
       __syncthreads();
-      if (plan.stages == 2 && pair + 1 < num_pairs) {
+      if (plan.copy_stages() == 2 && pair + 1 < num_pairs) {
         CopySlice<T>(lookup, pair + 1, tile, stages + (pair + 1) % 2 * plan.stage_bytes);
         __pipeline_commit();
       }

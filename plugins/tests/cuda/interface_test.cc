@@ -214,7 +214,7 @@ void TestPlans() {
       }
     }
   }
-  const Device h200 = {132, 227 << 10};
+  const Device h200 = {132, 227 << 10, true};
   const Problem one_row = {LMKAN_FLOAT32, 1, 64, 128, 26};
   const Problem many_rows = {LMKAN_FLOAT32, 1 << 20, 256, 512, 26};
   LMKAN_EXPECT(!cuda::PrefersShared(one_row, h200), "one row");

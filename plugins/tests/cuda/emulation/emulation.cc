@@ -217,8 +217,16 @@ cudaError_t cudaGetDevice(int* index) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::device.num_processors
-                                                       : emulation::device.shared_per_block;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = emulation::device.num_processors;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 8;  // without the tensor memory accelerator, which is not emulated
+      break;
+    default:
+      *value = emulation::device.shared_per_block;
+  }
   return cudaSuccess;
 }
 
