@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -102,7 +103,8 @@ def main() -> None:
 
 def _fail(error: Exception, message: str, code: int) -> NoReturn:
     if _state["debug"]:
-        raise error
+        traceback.print_exception(error)
+        sys.exit(code)
     typer.echo(f"error: {' '.join(line.strip() for line in message.splitlines())}", err=True)
     sys.exit(code)
 

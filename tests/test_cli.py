@@ -216,6 +216,31 @@ class TestMistakes:
         fails(result, 1, "nothing was written")
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_traceback_keeps_the_exit_code(self, tmp_path: Path) -> None:
+        result = cli("--debug", "export", tmp_path / "none.pt")
+        assert result.returncode == 2
+        assert "Traceback" in result.stderr
+        assert "CheckpointError: expected a checkpoint file, found no file" in result.stderr
+
+    def test_a_pickle_of_a_newer_protocol_is_one_line(self, tmp_path: Path) -> None:
+        torch.save({"a": Path("x")}, tmp_path / "p4.pt", pickle_protocol=4)
+        fails(cli("export", tmp_path / "p4.pt"), 2, "--trust-pickle")
+
+    def test_a_table_that_does_not_fit_in_the_reference_evaluator(
+        self, methane: Path, tmp_path: Path
+    ) -> None:
+        model = onnx.load(methane)
+        [table] = [w for w in model.graph.initializer if w.name == "lmkan1.table"]
+        array = onnx.numpy_helper.to_array(table)
+        table.CopyFrom(onnx.numpy_helper.from_array(array[:-1], table.name))
+        onnx.save(model, tmp_path / "misfit.onnx")
+        np.save(tmp_path / "x.npy", np.zeros((2, 12), np.float32))
+        for runtime in ("onnx-reference", "onnxruntime-function", "onnxruntime"):
+            result = cli(
+                "run", tmp_path / "misfit.onnx", "-i", tmp_path / "x.npy", "--runtime", runtime, cwd=tmp_path
+            )
+            fails(result, 2)
+
     def test_models_and_arrays(self, methane: Path, tmp_path: Path) -> None:
         (tmp_path / "bad.onnx").write_bytes(b"no model")
         (tmp_path / "bad.npz").write_bytes(b"no arrays")

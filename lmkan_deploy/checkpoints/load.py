@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,8 +109,12 @@ def _load_content(path: Path, architecture: Architecture, trust_pickle: bool) ->
             f"expected a PyTorch checkpoint, found {path}, which is neither a zip archive nor a pickle"
         )
     try:
-        # Tensors of a zip file stay on disk until they are used.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # about pickles of newer protocols, which the loader refuses
+            # Tensors of a zip file stay on disk until they are used.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         if not is_zip and not _starts_with(path, pickle.PROTO):
             raise _unreadable(path, error) from error

@@ -12,7 +12,7 @@ import onnx.reference
 from numpy.typing import NDArray
 
 from lmkan_deploy.converters.model_file import load_model
-from lmkan_deploy.errors import ModelError
+from lmkan_deploy.errors import InputError, ModelError
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs
 
 
@@ -43,8 +43,14 @@ class OnnxReferenceRunner:
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
         """See `Runner.run`."""
         check_inputs(self.inputs, feeds)
-        with np.errstate(all="ignore"):
-            results = self._evaluator.run(None, dict(feeds))
+        try:
+            with np.errstate(all="ignore"):
+                results = self._evaluator.run(None, dict(feeds))
+        except Exception as error:  # its operators raise whatever NumPy does
+            raise InputError(
+                f"onnx's ReferenceEvaluator could not run the model: {type(error).__name__}: {error}; check that "
+                "tables fit the features of their nodes"
+            ) from error
         return {spec.name: np.asarray(array) for spec, array in zip(self.outputs, results, strict=True)}
 
 
