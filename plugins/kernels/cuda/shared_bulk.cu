@@ -1,9 +1,14 @@
 // SHARED with slices that the tensor memory accelerator copies (compute capability 9.0 and later):
 // no thread spends loads on them, and warps wait for slices, not for each other.
 #include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "launch.h"
+
+// CUDA 12.5 brought the way to the driver's function that is used here.
+#if CUDART_VERSION >= 12050
 
 #include "corners.cuh"
-#include "launch.h"
 #include "shared.cuh"
 
 namespace lmkan::cuda {
@@ -284,3 +289,17 @@ bool LaunchBulk(const Lookup& lookup, const SharedPlan& plan, int32_t shared_per
 }
 
 }  // namespace lmkan::cuda
+
+#else
+
+namespace lmkan::cuda {
+
+cudaError_t LoadBulk(lmkan_dtype) { return cudaSuccess; }
+
+bool LaunchBulk(const Lookup&, const SharedPlan&, int32_t, cudaStream_t, cudaError_t*) {
+  return false;
+}
+
+}  // namespace lmkan::cuda
+
+#endif
