@@ -138,6 +138,20 @@ def test_non_finite_features_spoil_their_row_alone(value: float, custom_ops: boo
     np.testing.assert_array_equal(np.delete(y, 7, 0), np.delete(want, 7, 0))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_non_finite_tables_are_refused(value: float, dtype: str) -> None:
+    table = np.random.default_rng(0).standard_normal((4, 6, 6, 21)).astype(np.dtype(dtype))
+    table[0, 0, 0, 0] = np.finfo(np.float32).tiny if dtype == "float32" else 0  # subnormal numbers are fine
+    session(hand_made(table))
+    table[-1, -1, -1, -1] = table[1, 2, 3, 4] = value
+    with pytest.raises(
+        Exception,
+        match=r'LMKAN2D node "layer7": expected finite values in table, found 2 NaN or infinite ones; export',
+    ):
+        session(hand_made(table))
+
+
 def test_thread_counts_agree_bit_for_bit() -> None:
     rng = np.random.default_rng(0)
     model = hand_made(rng.standard_normal((32, 9, 9, 96)).astype(np.float32))

@@ -128,6 +128,15 @@ def session(model: onnx.ModelProto, *, custom_ops: bool, threads: int = 1) -> or
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
+def test_non_finite_scales_are_refused() -> None:
+    quantized, scale = quantize_table(random_table(0, 3, 4, 7))
+    scale[2, 6] = np.inf
+    with pytest.raises(
+        Exception, match='node "layer": expected finite values in scale, found 1 NaN or infinite'
+    ):
+        session(quantized_model(quantized, scale, TensorProto.FLOAT), custom_ops=True)
+
+
 @pytest.mark.parametrize("constant", [True, False])
 @pytest.mark.parametrize("shape", [(1, 3, 1), (3, 4, 7), (19, 8, 33), (5, 26, 129)], ids=str)
 def test_runtimes_agree(shape: tuple[int, int, int], constant: bool) -> None:

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -40,6 +41,44 @@ OrtStatus* MakeTable(const Node& node, const lmkan_table_desc& desc, lmkan_owner
   return nullptr;
 }
 
+// Entries whose exponent has all bits set, of an element type of this size.
+template <class Bits>
+int64_t CountNonFinite(const void* data, int64_t count, Bits exponent) {
+  const Bits* const bits = static_cast<const Bits*>(data);
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; ++i) found += (bits[i] & exponent) == exponent ? 1 : 0;
+  return found;
+}
+
+// Refuses what the exporter refuses too: a table that no training ends with.
+OrtStatus* CheckFinite(const Node& node, const lmkan_table_desc& desc) {
+  const int64_t points = desc.num_grids + 1;
+  const int64_t scales = desc.num_pairs * desc.num_outputs;
+  const int64_t entries = scales * points * points;
+  int64_t found = 0;
+  switch (desc.dtype) {
+    case LMKAN_FLOAT32:
+      found = CountNonFinite<uint32_t>(desc.data, entries, 0x7f800000u);
+      break;
+    case LMKAN_FLOAT16:
+      found = CountNonFinite<uint16_t>(desc.data, entries, 0x7c00u);
+      break;
+    case LMKAN_BFLOAT16:
+      found = CountNonFinite<uint16_t>(desc.data, entries, 0x7f80u);
+      break;
+    default:
+      found = CountNonFinite<uint32_t>(desc.scales, scales, 0x7f800000u);
+  }
+  if (found == 0) return nullptr;
+  char text[kMessageSize];
+  std::snprintf(
+      text, sizeof text,
+      "expected finite values in %s, found %lld NaN or infinite ones; export a checkpoint from "
+      "before the training diverged",
+      desc.dtype == LMKAN_INT8 ? "scale" : "table", static_cast<long long>(found));
+  return Error(node, text);
+}
+
 OrtStatus* Initialize(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
                       Kernel* kernel) {
   Node& node = kernel->node;
@@ -57,6 +96,7 @@ OrtStatus* Initialize(const OrtCustomOp* op, const OrtApi* api, const OrtKernelI
   if (OrtStatus* error = DescribeTable(node, constants[0], constants[1], &kernel->constant_desc)) {
     return error;
   }
+  if (OrtStatus* error = CheckFinite(node, kernel->constant_desc)) return error;
   return MakeTable(node, kernel->constant_desc, LMKAN_COPY, &kernel->constant_table);
 }
 
