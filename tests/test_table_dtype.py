@@ -106,6 +106,48 @@ def test_scales_in_bytes_are_computed_when_a_model_is_loaded(stack: ExportedStac
     assert [node.op_type for node in optimized.node] == [QUANTIZED_OP_TYPE] * 2
 
 
+def test_int8_files_are_compared_as_such(
+    stack: ExportedStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lmkan_deploy.optimize(stack.onnx, tmp_path / "int8.onnx", table_dtype="int8")
+    monkeypatch.setattr("lmkan_deploy.verification.DEFAULT_RTOL", {"float32": 1e-9})
+    monkeypatch.setattr("lmkan_deploy.verification.RANDOM_RTOL", 1e-9)
+    again = lmkan_deploy.optimize(tmp_path / "int8.onnx", tmp_path / "again.onnx")
+    assert again.verification.passed
+    assert lmkan_deploy.verify(tmp_path / "int8.onnx", reference_model=tmp_path / "again.onnx").passed
+    assert not lmkan_deploy.verify(tmp_path / "int8.onnx", reference_model=stack.onnx).passed
+
+
+class Twice(torch.nn.Module):
+    """One layer, of which a call is scaled: one int8 table, but scales of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = LMKAN2DLayer(4, 8, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * self.layer(torch.tanh(x)) + self.layer(x)
+
+
+def test_weights_that_layers_share_are_counted_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(Twice().state_dict(), tmp_path / "m.pt")
+    result = lmkan_deploy.export(
+        tmp_path / "m.pt",
+        architecture=lmkan_deploy.Architecture("test_table_dtype:Twice", Path(__file__).parent),
+        input_shapes="batch,8",
+        table_dtype="int8",
+    )
+    first, second = result.info.layers
+    assert second.table_of == first.name
+    assert 0 < second.table_bytes < 0.1 * first.table_bytes
+    assert first.table_bytes + second.table_bytes == result.info.weight_bytes
+    report.print_model(result.info)
+    assert f"as {first.name}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("num_grids", [3, 4, 5, 6, 8])
 def test_int8_tables_of_few_pairs_are_a_quarter(num_grids: int, tmp_path: Path) -> None:
     torch.save(make_stack(2, 12, 64, 1, num_grids=num_grids).state_dict(), tmp_path / "model.pt")
