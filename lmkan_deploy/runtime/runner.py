@@ -111,19 +111,19 @@ def load_runner(
             f"expected an engine or the runtime onnxruntime-cuda with GPU {device}, found {path} and {runtime}; "
             "leave the device out"
         )
+    if runtime not in get_args(RuntimeName):
+        raise ModelError(f"expected a runtime of {', '.join(get_args(RuntimeName))}, found {runtime!r}")
     check_model_file(path)
     if runtime == "onnx-reference":
         from lmkan_deploy.runtime.onnx_reference import OnnxReferenceRunner
 
         return OnnxReferenceRunner(path)
-    if runtime in ("onnxruntime", "onnxruntime-function", "onnxruntime-cuda"):
-        from lmkan_deploy.runtime.onnxruntime import OnnxRuntimeRunner
+    from lmkan_deploy.runtime.onnxruntime import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(
-            path,
-            custom_ops=runtime != "onnxruntime-function",
-            threads=threads,
-            cuda=runtime == "onnxruntime-cuda",
-            device=device,
-        )
-    raise ModelError(f"expected a runtime of {', '.join(get_args(RuntimeName))}, found {runtime!r}")
+    return OnnxRuntimeRunner(
+        path,
+        custom_ops=runtime != "onnxruntime-function",
+        threads=threads,
+        cuda=runtime == "onnxruntime-cuda",
+        device=device,
+    )
