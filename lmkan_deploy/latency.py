@@ -223,14 +223,13 @@ class _Rounds:
 
 
 def _take_turns(together: Sequence[_Rounds], seconds: float) -> None:
+    wanted = seconds * len(together)
     collects = gc.isenabled()
     gc.disable()
     try:
         for rounds in together:
             rounds.warm_up(seconds / 10)
-        while together[0].rounds() < _FEWEST_ROUNDS or sum(r.spent() for r in together) < seconds * len(
-            together
-        ):
+        while together[0].rounds() < _FEWEST_ROUNDS or sum(r.spent() for r in together) < wanted:
             forwards = together[0].rounds() % 2 == 0
             for rounds in together if forwards else reversed(together):
                 if len(together) > 1:

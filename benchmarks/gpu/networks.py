@@ -22,14 +22,13 @@ import onnx
 import onnxruntime as ort
 import torch
 from cases import Case
-from compare import checked_rows, expected, narrow, random_tables
+from compare import TABLES, checked_rows, expected, narrow, random_tables
 from forms import QuantizedTable, upstream_form
 from onnx import TensorProto, helper, numpy_helper
 
 from lmkan_deploy.converters.onnx_function import PLUGIN_ATTRIBUTES
 from lmkan_deploy.spec import DOMAIN, OP_TYPE, OPSET_VERSION, QUANTIZED_OP_TYPE
 
-TABLES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 NETWORKS = [
     Case((n_in, 256, 256, 1), grids, batch, (8,))
     for n_in, grids in ((32, 12), (32, 28), (12, 12))

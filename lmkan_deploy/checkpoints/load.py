@@ -110,9 +110,8 @@ def _load_content(path: Path, architecture: Architecture, trust_pickle: bool) ->
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # about pickles of newer protocols, which the loader refuses
+            # About pickles of newer protocols, which the loader refuses.
+            warnings.simplefilter("ignore", UserWarning)
             # Tensors of a zip file stay on disk until they are used.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
