@@ -8,10 +8,18 @@ from typing import Annotated, Optional
 import typer
 
 from lmkan_deploy.commands.arrays import read_arrays
-from lmkan_deploy.commands.options import RUNTIMES, AsJson, CudaGraphs, Device, Plugin, Quiet
+from lmkan_deploy.commands.options import (
+    MAX_SIZE,
+    RUNTIMES,
+    AsJson,
+    CudaGraphs,
+    Device,
+    Plugin,
+    Quiet,
+    Seed,
+    Threads,
+)
 from lmkan_deploy.commands.terminal import print_json, show_progress
-
-_MAX_INT32 = 2**31 - 1
 
 
 def bench(
@@ -34,7 +42,7 @@ def bench(
         typer.Option(
             "--batch",
             min=1,
-            max=_MAX_INT32,
+            max=MAX_SIZE,
             metavar="NUMBER",
             help="Size of the leading free axes of the random inputs; others are short. May be repeated. "
             "Default: 1, 64, 1024.",
@@ -44,19 +52,14 @@ def bench(
         Optional[Path],  # noqa: UP045
         typer.Option("--inputs", "-i", metavar="FILE", help="Inputs instead of random ones: .npz or .npy."),
     ] = None,
-    threads: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            min=1, max=1024, metavar="NUMBER", help="Threads of a call. Default: ONNX Runtime's choice."
-        ),
-    ] = None,
+    threads: Threads = None,
     device: Device = 0,
     plugin: Plugin = None,
     cuda_graphs: CudaGraphs = False,
     seconds: Annotated[
         float, typer.Option(metavar="NUMBER", help="Seconds for each model at each batch size.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, metavar="NUMBER", help="Seed of the random inputs.")] = 0,
+    seed: Seed = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

@@ -129,6 +129,17 @@ Device = Annotated[
         "--device", min=0, metavar="NUMBER", help="Number of the GPU, for engines and for onnxruntime-cuda."
     ),
 ]
+Threads = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        "--threads",
+        min=1,
+        max=1024,
+        metavar="NUMBER",
+        help="Threads of a call. Default: ONNX Runtime's choice.",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, metavar="NUMBER", help="Seed of the random inputs.")]
 Plugin = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(
@@ -151,6 +162,7 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON; NaN and infinite numbers are strings.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+MAX_SIZE = 2**31 - 1  # of an axis
 RUNTIMES = (
     "onnxruntime (compiled operators), onnxruntime-function (the functions that the file carries), "
     "onnxruntime-cuda (compiled operators on the GPU) or onnx-reference (onnx's own evaluator; slow)."

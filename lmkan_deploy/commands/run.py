@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from lmkan_deploy.commands.arrays import check_suffix, read_arrays, write_arrays
-from lmkan_deploy.commands.options import RUNTIMES, CudaGraphs, Device, Plugin, Quiet
+from lmkan_deploy.commands.options import RUNTIMES, CudaGraphs, Device, Plugin, Quiet, Threads
 from lmkan_deploy.commands.terminal import show_progress
 
 
@@ -36,12 +36,7 @@ def run(
     runtime: Annotated[
         str, typer.Option("--runtime", metavar="NAME", help=f"What to run it with: {RUNTIMES}")
     ] = "onnxruntime",
-    threads: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            min=1, max=1024, metavar="NUMBER", help="Threads of the run. Default: ONNX Runtime's choice."
-        ),
-    ] = None,
+    threads: Threads = None,
     device: Device = 0,
     plugin: Plugin = None,
     cuda_graphs: CudaGraphs = False,

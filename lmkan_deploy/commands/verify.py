@@ -9,6 +9,7 @@ import typer
 
 from lmkan_deploy.commands.arrays import read_arrays, tensor_names
 from lmkan_deploy.commands.options import (
+    MAX_SIZE,
     RUNTIMES,
     Arch,
     ArchArgs,
@@ -22,13 +23,12 @@ from lmkan_deploy.commands.options import (
     Plugin,
     Quiet,
     RelativeTolerance,
+    Seed,
     TrustPickle,
     architecture,
 )
 from lmkan_deploy.commands.terminal import print_json, show_progress
 from lmkan_deploy.errors import InputError
-
-_MAX_INT32 = 2**31 - 1
 
 
 def verify(
@@ -83,13 +83,13 @@ def verify(
         typer.Option(
             "--batch",
             min=0,
-            max=_MAX_INT32,
+            max=MAX_SIZE,
             metavar="NUMBER",
             help="Size of the free axes of the random inputs. May be repeated: differently named axes then "
             "differ. Default: 1, 2, 7, 64.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="NUMBER", help="Seed of the random inputs.")] = 0,
+    seed: Seed = 0,
     rtol: RelativeTolerance = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
