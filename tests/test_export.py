@@ -83,11 +83,9 @@ def test_user_models_export_and_match(form: str, user_model: UserModel, tmp_path
     assert result.info.outputs[0].startswith("y float32[batch, ")
     assert len(lookups(result.path)) == user_model.num_lookups
     scale = np.abs(user_model.y).max()
-    y = load_runner(result.path).run({"x": user_model.x})["y"]
-    assert np.abs(y - user_model.y).max() <= 1e-5 * scale
-    for runtime in RUNTIMES[1:]:
+    for runtime in RUNTIMES:
         y = load_runner(result.path, runtime).run({"x": user_model.x})["y"]
-        assert np.abs(y - user_model.y).max() <= 2e-5 * scale
+        assert np.abs(y - user_model.y).max() <= 1e-5 * scale
 
 
 def test_a_stack_is_nothing_but_its_layers(stack: ExportedStack) -> None:

@@ -96,6 +96,24 @@ def test_ranks_and_empty_batches(shape: tuple, custom_ops: bool) -> None:
     np.testing.assert_allclose(y, lookup2d(x, table), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("grids", [12, 28, 40])
+def test_the_functions_grid_is_as_exact_as_the_operators(grids: int) -> None:
+    """A table that counts cells from the middle shows where each feature was found to lie."""
+    table = np.broadcast_to(np.arange(grids + 1)[:, None, None] - grids / 2, (1, grids + 1, grids + 1, 1))
+    table = np.ascontiguousarray(table, np.float32)
+    for side in (-1, 1):
+        x = np.zeros((4000, 2), np.float32)
+        x[:, 0] = side * np.linspace(0, np.log(grids / 2), 4000)
+        want = lookup2d(x, table)
+        operator, function = (
+            np.sqrt(
+                np.mean((session(hand_made(table), custom_ops=custom_ops).run(None, {"x": x})[0] - want) ** 2)
+            )
+            for custom_ops in (True, False)
+        )
+        assert function <= 1.4 * operator
+
+
 def test_shapes_are_inferred() -> None:
     table = np.zeros((5, 8, 8, 3), np.float32)
     model = hand_made(table, x_shape=("batch", 4, 10))

@@ -34,7 +34,8 @@ MIN_OPSET = 18
 PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(OPSET_VERSION)}
 """Node attributes by which TensorRT's parser finds the plugin; ONNX Runtime ignores them."""
 
-# Float32 throughout, whatever the types of x and table. The grid follows from the table's shape.
+# Float32 throughout, whatever the types of x and table. The grid follows from the table's shape; its right half
+# from whole numbers, since 2 - doubled_level would lose the digits that its logarithm needs.
 _FUNCTION_BODY = """
 {
   zero = Constant <value = int64 {0}> ()
@@ -64,7 +65,9 @@ _FUNCTION_BODY = """
   doubled_level = Div (doubled_level_n, grids_f)
   is_left = LessOrEqual (doubled_level, one_f)
   left_log = Log (doubled_level)
-  doubled_rest = Sub (two_f, doubled_level)
+  right_index_f = Sub (grids_f, inner_index_f)
+  doubled_rest_n = Mul (two_f, right_index_f)
+  doubled_rest = Div (doubled_rest_n, grids_f)
   right_log_n = Log (doubled_rest)
   right_log = Neg (right_log_n)
   inner_grid = Where (is_left, left_log, right_log)
