@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from lmkan_deploy.errors import VerificationError
 from lmkan_deploy.inspection import inspect_model
+from lmkan_deploy.progress import Progress
 from lmkan_deploy.runtime.runner import load_runner
 from lmkan_deploy.runtime.tensors import Arrays
 from lmkan_deploy.verification import Verification, verify_runners
@@ -18,7 +19,7 @@ are multiples of 2^-14, beyond the grid of 2^-11: up to an eighth of a table's s
 
 
 def require_agreement(
-    file: Path, cases: Mapping[str, Arrays], rtol: float | None, progress: Callable[[str], None]
+    file: Path, cases: Mapping[str, Arrays], rtol: float | None, progress: Progress
 ) -> None:
     """The compiled operator and the function agree closely, however much their common tables cost."""
     reference = load_runner(file, "onnxruntime-function")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lmkan_deploy.acceptance import allowed_error, own_tolerance, require_agreement, require_passed
 from lmkan_deploy.errors import CheckpointError, EngineError, ExportError, LibraryError
 from lmkan_deploy.inspection import ModelInfo, inspect_model
+from lmkan_deploy.progress import Progress, Step, no_progress
 from lmkan_deploy.runtime.axis_limits import AxisLimits, noted_limits
 from lmkan_deploy.runtime.runner import Runner, RuntimeName, load_runner
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from lmkan_deploy.latency import Latency
     from lmkan_deploy.runtime.pytorch import TorchRunner
 
-Progress = Callable[[str], None]
 
 Feeds = Callable[[list[str]], Mapping[str, "NDArray[Any]"]] | Mapping[str, "NDArray[Any]"]
 """An array for each input of a network, or a function that returns them when it is called with their names."""
@@ -84,7 +84,7 @@ def export(
     check: bool = True,
     inputs: Feeds | None = None,
     rtol: float | None = None,
-    progress: Progress = lambda _: None,
+    progress: Progress = no_progress,
 ) -> ExportResult:
     """Exports a saved network to ONNX and verifies the result.
 
@@ -113,7 +113,7 @@ def export(
         check: Whether to compare ONNX Runtime with PyTorch, with the compiled operator and without.
         inputs: Inputs to compare on besides random ones.
         rtol: Allowed relative error of every comparison; None takes a default by type.
-        progress: Called with a line at each step.
+        progress: Called at each step.
 
     Raises:
         LibraryError: PyTorch, ONNX Runtime or the native library is missing.
@@ -134,14 +134,14 @@ def export(
     from lmkan_deploy.converters.passes import select_passes
 
     selected = select_passes(passes, without_passes)
-    progress("loading the checkpoint")
+    progress(Step("loading the checkpoint"))
     architecture = _architecture(architecture)
     loaded = load_checkpoint(checkpoint, architecture, trust_pickle=trust_pickle, key=key)
     if path is None:
         path = output_file(loaded.path.with_suffix(".onnx"))
     if path.exists() and path.samefile(checkpoint):
         raise CheckpointError(f"expected an output other than the checkpoint itself, found {path}; pass -o")
-    progress("exporting to ONNX")
+    progress(Step("exporting to ONNX"))
     specs = _input_specs(loaded, input_shapes)
     model = _convert(loaded, specs, opset, selected)
     model.metadata_props.update(_provenance(loaded, architecture, input_shapes, key))
@@ -160,14 +160,14 @@ def export(
 
     narrow = table_dtype not in (None, "float32") or max_error is not None
     if check and narrow:
-        progress("verifying with float32 tables")
+        progress(Step("verifying with float32 tables"))
         with temporary_model(model, path, external_data=external_data) as file:
             verified(file, rtol)
     given = None if calibration is None else _feeds(calibration, [spec.name for spec in specs])
     outcome, costs = choose_tables(model, table_dtype, given, max_error, cases if check else None, progress)
     notes = [*loaded.notes, *(f"the axis {name} takes {sizes}" for name, sizes in limits.items())]
     notes += [f"not narrowed: {line}" for line in outcome.refused]
-    progress("writing")
+    progress(Step("writing"))
     with staged_model(model, path, external_data=external_data) as staged:
         verification = None
         if check and narrow:
@@ -210,7 +210,7 @@ def optimize(
     external_data: bool | None = None,
     check: bool = True,
     rtol: float | None = None,
-    progress: Progress = lambda _: None,
+    progress: Progress = no_progress,
 ) -> OptimizeResult:
     """Runs the graph passes on an ONNX file that was exported earlier.
 
@@ -228,7 +228,7 @@ def optimize(
         check: Whether to compare the two models in ONNX Runtime, the new one without the compiled operator
             too.
         rtol: See `export`.
-        progress: Called with a line at each step.
+        progress: Called at each step.
 
     Raises:
         ModelError: The file can't be read, run or written.
@@ -245,10 +245,10 @@ def optimize(
     _check_table_options(table_dtype, calibration, max_error)
     narrow = table_dtype not in (None, "float32") or max_error is not None
     path = output_file(output)
-    progress("loading")
+    progress(Step("loading"))
     graph = load_model(Path(model))
     before = len(graph.graph)
-    progress("rewriting")
+    progress(Step("rewriting"))
     outcomes = run_all(graph, selected)
     reference = load_runner(model) if check else None
     limits = noted_limits(graph.metadata_props)
@@ -257,7 +257,7 @@ def optimize(
     given = None if calibration is None else _feeds(calibration, names)
     require_wide_tables(graph, table_dtype)
     outcomes["table-dtype"], costs = choose_tables(graph, table_dtype, given, max_error, cases, progress)
-    progress("writing")
+    progress(Step("writing"))
     verification = None
     with staged_model(graph, path, external_data=external_data) as staged:
         if reference is not None and cases is not None:
@@ -291,7 +291,7 @@ def verify(
     batch_sizes: Sequence[int] | None = None,
     seed: int = 0,
     rtol: float | None = None,
-    progress: Progress = lambda _: None,
+    progress: Progress = no_progress,
 ) -> Verification:
     """Compares a model's runtimes with a reference.
 
@@ -317,12 +317,12 @@ def verify(
         batch_sizes: Sizes of the free axes of random inputs.
         seed: Of the random inputs.
         rtol: Allowed relative error; None takes a default by type, 3e-2 between runtimes of int8 tables.
-        progress: Called with a line at each step.
+        progress: Called at each step.
 
     Raises:
         LmkanError: A file can't be loaded, or the reference does not take an input.
     """
-    progress("loading")
+    progress(Step("loading"))
     is_engine = Path(model).suffix == ".engine"
     if is_engine and checkpoint is None and outputs is None and reference_model is None:
         raise EngineError(
@@ -422,7 +422,7 @@ def bench(
     cuda_graphs: bool = False,
     seconds: float = 1.0,
     seed: int = 0,
-    progress: Progress = lambda _: None,
+    progress: Progress = no_progress,
 ) -> list[Latency]:
     """Times models, in turns: an exported network against the MLP it replaces, or against its own fallback.
 
@@ -439,7 +439,7 @@ def bench(
         cuda_graphs: See `load_runner`.
         seconds: For each model at each batch size.
         seed: Of the random inputs.
-        progress: Called with a line at each step.
+        progress: Called at each step.
 
     Returns:
         By batch size, then in the order of models and runtimes.
@@ -452,8 +452,8 @@ def bench(
     paths = [models] if isinstance(models, str | Path) else list(models)
     has_engine = any(Path(path).suffix == ".engine" for path in paths)
     contenders = []
-    for path in paths:
-        progress(f"loading {path}")
+    for done, path in enumerate(paths):
+        progress(Step(f"loading {path}", done, len(paths)))
         is_engine = Path(path).suffix == ".engine"
         # What only engines have is refused, rather than ignored, where there are none.
         for_engine = is_engine or not has_engine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lmkan_deploy.converters.passes.base import (
 from lmkan_deploy.converters.quantize import corner_importance
 from lmkan_deploy.converters.table_dtype import narrow_tables
 from lmkan_deploy.errors import ExportError, InputError, ModelError
+from lmkan_deploy.progress import Progress, Step, no_progress
 from lmkan_deploy.runtime.onnxruntime import OnnxRuntimeRunner
 from lmkan_deploy.runtime.tensors import Arrays
 from lmkan_deploy.spec import TableDtype
@@ -98,14 +99,12 @@ class Calibration:
             result = verify_runners(self._expected, [runner], self._cases, rtol=_ANY_ERROR)
         return max((comparison.max_rel for comparison in result.comparisons), default=0.0)
 
-    def costs(
-        self, dtypes: Sequence[TableDtype], progress: Callable[[str], None] = lambda _: None
-    ) -> TableCosts:
+    def costs(self, dtypes: Sequence[TableDtype], progress: Progress = no_progress) -> TableCosts:
         """What each layer's types cost, alone.
 
         Args:
             dtypes: The types in use, one for each lookup node.
-            progress: Called with a line at each step.
+            progress: Called at each step.
         """
         result = []
         tables: set[tuple[int, str]] = set()
@@ -117,7 +116,7 @@ class Calibration:
                 for other in dict.fromkeys(others):
                     if other == "float32" or (other == "bfloat16" != wanted and "float16" in errors):
                         continue
-                    progress(f"measuring {name_of(node)} in {other}")
+                    progress(Step(f"measuring {name_of(node)} in {other}", index, len(self._nodes)))
                     alone: list[TableDtype] = ["float32"] * len(dtypes)
                     alone[index] = other
                     error = self.error(alone)
@@ -128,12 +127,12 @@ class Calibration:
             result.append(TableCost(name_of(node), dtype, _bytes_once(node, dtype, tables), errors))
         return TableCosts(result, self.error(dtypes), self._data)
 
-    def costs_of(self, narrowed: ir.Model, progress: Callable[[str], None] = lambda _: None) -> TableCosts:
+    def costs_of(self, narrowed: ir.Model, progress: Progress = no_progress) -> TableCosts:
         """What each narrow table of another model costs, alone.
 
         Args:
             narrowed: A model with lookup nodes of the same names.
-            progress: Called with a line at each step.
+            progress: Called at each step.
 
         Raises:
             ModelError: A lookup node has no counterpart.
@@ -141,7 +140,7 @@ class Calibration:
         result = []
         tables: set[tuple[int, str]] = set()
         others = {name_of(node): node for node in all_lookups(narrowed)}
-        for node in self._nodes:
+        for index, node in enumerate(self._nodes):
             other = others.get(name_of(node))
             if other is None:
                 raise ModelError(
@@ -150,12 +149,12 @@ class Calibration:
             dtype = table_dtype_of(other)
             errors: dict[str, float] = {}
             if dtype != table_dtype_of(node):
-                progress(f"measuring {name_of(node)} in {dtype}")
+                progress(Step(f"measuring {name_of(node)} in {dtype}", index, len(self._nodes)))
                 errors[dtype] = self._error_of(_with_table_of(self._model, node, other))
             result.append(TableCost(name_of(node), dtype, _bytes_once(other, dtype, tables), errors))
         return TableCosts(result, self._error_of(narrowed), self._data)
 
-    def choose(self, max_error: float, progress: Callable[[str], None] = lambda _: None) -> list[TableDtype]:
+    def choose(self, max_error: float, progress: Progress = no_progress) -> list[TableDtype]:
         """The smallest type for each layer that keeps the whole model within an error.
 
         Starts with the smallest types and widens the table that costs most until the error is met; then
@@ -163,7 +162,7 @@ class Calibration:
 
         Args:
             max_error: Largest relative error of the outputs on the data.
-            progress: Called with a line at each step.
+            progress: Called at each step.
 
         Returns:
             One type for each lookup node.
@@ -188,14 +187,14 @@ class Calibration:
             return 0.0 if levels[index] == top else alone[index].get(types()[index], np.inf)
 
         while any(level < top for level in levels):
-            progress(f"trying {', '.join(types())}")
+            progress(Step(f"trying {', '.join(types())}"))
             if self.error(types()) <= max_error:
                 break
             levels[max(range(len(levels)), key=cost)] += 1
         for index in sorted(range(len(levels)), key=lambda i: -_bytes(self._nodes[i], "int8")):
             while levels[index] > 0 and alone[index]:
                 levels[index] -= 1
-                progress(f"trying {', '.join(types())}")
+                progress(Step(f"trying {', '.join(types())}"))
                 if self.error(types()) > max_error:
                     levels[index] += 1
                     break

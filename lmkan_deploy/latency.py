@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmkan_deploy.errors import InputError
+from lmkan_deploy.progress import Progress, Step, no_progress
 from lmkan_deploy.runtime.axis_limits import AxisLimits
 from lmkan_deploy.runtime.onnxruntime import OnnxRuntimeRunner
 from lmkan_deploy.runtime.runner import Runner
@@ -95,7 +96,7 @@ def measure(
     *,
     seconds: float,
     seed: int,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = no_progress,
 ) -> list[Latency]:
     """Times every model at every batch size; models take turns, so that a slow moment of the machine hits all.
 
@@ -104,7 +105,7 @@ def measure(
         batch_sizes: Sizes of the leading free axes of random inputs; None for given inputs.
         seconds: For each model at each batch size, in calls of at least five rounds.
         seed: Of random inputs.
-        progress: Called with a line at each step.
+        progress: Called at each step.
 
     Raises:
         InputError: Inputs that don't fit a model, or with which it fails.
@@ -114,10 +115,12 @@ def measure(
     if not contenders:
         raise InputError("expected at least one model to time, found none")
     result = []
-    for size in dict.fromkeys(batch_sizes):
+    sizes = list(dict.fromkeys(batch_sizes))
+    for done, size in enumerate(sizes):
         if size is not None and size < 1:
             raise InputError(f"expected batches of at least 1 row, found {size}")
-        progress("timing given inputs" if size is None else f"timing batches of {size}")
+        text = "timing given inputs" if size is None else f"timing batches of {size}"
+        progress(Step(text, done, len(sizes)))
         together = [_Rounds(contender, size, seed) for contender in contenders]
         _take_turns(together, seconds)
         result += [rounds.latency(together[0]) for rounds in together]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmkan_deploy.errors import InputError
+from lmkan_deploy.progress import CountedSteps, Progress, no_progress
 from lmkan_deploy.runtime.axis_limits import AnySize, AxisLimits
 from lmkan_deploy.runtime.runner import Runner
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs, random_inputs
@@ -195,7 +196,7 @@ def verify_runners(
     cases: Mapping[str, Arrays],
     *,
     rtol: float | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = no_progress,
 ) -> Verification:
     """Runs every runner on every case and compares it with the reference.
 
@@ -205,7 +206,7 @@ def verify_runners(
         cases: Inputs by the name of their case.
         rtol: Allowed relative error; None takes `DEFAULT_RTOL` of the outputs' type, on random inputs at least
             `RANDOM_RTOL`.
-        progress: Called with a line before each run.
+        progress: Called before each run.
 
     Returns:
         The comparisons; a runner that fails on a case yields one with a `problem`.
@@ -215,11 +216,12 @@ def verify_runners(
     """
     check_tolerance(rtol)
     comparisons: list[Comparison] = []
-    expected = _expected(reference, cases, progress)
+    steps = CountedSteps(progress, len(cases) * (len(runners) + (not isinstance(reference, Mapping))))
+    expected = _expected(reference, cases, steps)
     scales = _root_mean_squares(expected)
     for case, feeds in cases.items():
         for runner in runners:
-            progress(f"{runner.name}: {case}")
+            steps.begin(f"running {runner.name} on {case}")
             try:
                 check_inputs(runner.inputs, feeds)
                 actual = runner.run(feeds)
@@ -234,13 +236,13 @@ def verify_runners(
 
 
 def _expected(
-    reference: Runner | Mapping[str, Arrays], cases: Mapping[str, Arrays], progress: Callable[[str], None]
+    reference: Runner | Mapping[str, Arrays], cases: Mapping[str, Arrays], steps: CountedSteps
 ) -> Mapping[str, Arrays]:
     if isinstance(reference, Mapping):
         return reference
     result = {}
     for case, feeds in cases.items():
-        progress(f"{reference.name}: {case}")
+        steps.begin(f"running {reference.name} on {case}")
         result[case] = reference.run(feeds)
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -423,6 +424,24 @@ class TestOutputs:
         command = [sys.executable, "-c", code]
         run = functools.partial(subprocess.run, command, capture_output=True, cwd=tmp_path, check=False)
         assert [run(preexec_fn=ignore).returncode, run().returncode] == [0, 129]
+
+
+def test_a_terminal_shows_a_bar(methane: Path) -> None:
+    screen, terminal = os.openpty()
+    command = [sys.executable, "-m", "lmkan_deploy.cli", "verify", methane]
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while data := os.read(screen, 65536):
+                shown += data
+        os.close(screen)
+        assert process.stdout is not None
+        result = process.stdout.read().decode()
+    assert process.returncode == 0
+    assert "━" in shown.decode()
+    assert result.startswith("onnxruntime against onnxruntime-function")
 
 
 class TestStandardStreams:

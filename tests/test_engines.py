@@ -19,6 +19,7 @@ from lmkan_deploy.engines.device import compute_capability
 from lmkan_deploy.engines.manifest import Manifest, check_manifest, manifest_path, read_manifest
 from lmkan_deploy.engines.profiles import Profile, ShapeRange, make_profiles, nearest_profile
 from lmkan_deploy.errors import EngineError, InputError, LibraryError, ModelError
+from lmkan_deploy.progress import Step
 from lmkan_deploy.runtime.tensors import TensorSpec
 from lmkan_deploy.staging import file_sha256
 from networks import ExportedStack, UserModel
@@ -97,7 +98,7 @@ def test_user_models_build_without_a_gpu(table_dtype: str, user_model: UserModel
         table_dtype=table_dtype,
         check=False,
     ).path
-    steps: list[str] = []
+    steps: list[Step] = []
     manifest = build_engine(model, tmp_path / "m.engine", runtime="tensorrt-rtx", progress=steps.append)
     assert read_manifest(tmp_path / "m.engine") == manifest
     assert manifest.lookup_layers == user_model.num_lookups
@@ -105,7 +106,8 @@ def test_user_models_build_without_a_gpu(table_dtype: str, user_model: UserModel
     assert manifest.model_sha256 == file_sha256(model)
     assert manifest.plugin_sha256 is None
     assert (tmp_path / "m.engine").stat().st_size > 100_000
-    assert any("Building engine" in step for step in steps)
+    assert any("Building engine" in step.text for step in steps)
+    assert any(step.total and step.done == step.total for step in steps)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.engine", "m.engine.json", "model.onnx"]
 
 
@@ -122,8 +124,8 @@ def test_a_model_that_the_runtime_refuses(stack: ExportedStack, tmp_path: Path) 
 
 
 def test_an_interrupted_build_leaves_nothing(stack: ExportedStack, tmp_path: Path) -> None:
-    def interrupt(step: str) -> None:
-        if "Building" in step:
+    def interrupt(step: Step) -> None:
+        if "Building" in step.text:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -7,6 +7,7 @@ import pytest
 
 from lmkan_deploy.acceptance import require_passed
 from lmkan_deploy.errors import InputError, VerificationError
+from lmkan_deploy.progress import Step
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec
 from lmkan_deploy.verification import random_cases, verify_runners
 
@@ -36,6 +37,15 @@ def test_equal_outputs_pass() -> None:
     assert result.passed
     assert result.comparisons[0].max_abs == 0
     assert result.comparisons[0].elements == 12
+
+
+def test_progress_counts_all_runs() -> None:
+    same = Fixed({"y": np.ones(3, np.float32)})
+    feeds = {"x": np.zeros((1, 2), np.float32)}
+    steps: list[Step] = []
+    verify_runners(same, [same, same], {"a": feeds, "b": feeds}, progress=steps.append)
+    assert [(step.done, step.total) for step in steps] == [(done, 6) for done in range(6)]
+    assert str(steps[0]) == "running fixed on a"
 
 
 def test_the_first_bad_element_is_named() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from lmkan_deploy.commands.terminal import show_progress
+from lmkan_deploy.progress import Step
 
 plugins = typer.Typer(
     name="plugins",
@@ -86,6 +87,6 @@ def build(
     from lmkan_deploy.runtime.tensorrt_plugin import build_tensorrt_plugin
 
     with show_progress(hidden=False) as progress:
-        progress("compiling")
+        progress(Step("compiling"))
         library = build_tensorrt_plugin(tensorrt_include, output)
     typer.echo(library)

@@ -10,6 +10,7 @@ import typer
 from lmkan_deploy.commands.arrays import check_suffix, read_arrays, write_arrays
 from lmkan_deploy.commands.options import RUNTIMES, CudaGraphs, Device, Plugin, Quiet, Threads
 from lmkan_deploy.commands.terminal import show_progress
+from lmkan_deploy.progress import Step
 
 
 def run(
@@ -60,7 +61,7 @@ def run(
             raise InputError(f"expected a file of their own for the outputs, found {output}, which is read")
     check_suffix(output)
     with show_progress(quiet) as progress:
-        progress("loading")
+        progress(Step("loading"))
         runner = load_runner(
             model,
             runtime,  # type: ignore[arg-type]
@@ -70,7 +71,7 @@ def run(
             cuda_graphs=cuda_graphs,
         )
         feeds = read_arrays(inputs, [spec.name for spec in runner.inputs])
-        progress("running")
+        progress(Step("running"))
         results = runner.run(feeds)
         write_arrays(output, results)
     if not quiet:

@@ -9,36 +9,48 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
-if TYPE_CHECKING:
-    from lmkan_deploy.api import Progress
+from lmkan_deploy.progress import Progress, Step, no_progress
 
 
 @contextlib.contextmanager
 def show_progress(hidden: bool) -> Iterator[Progress]:
-    """A spinner with the current step, on stderr and only in a terminal. What the user's network prints goes
+    """A bar with the current step, on stderr and only in a terminal. What the user's network prints goes
     there too: stdout holds the result alone.
     """
     if hidden or not sys.stderr.isatty():
         with contextlib.redirect_stdout(sys.stderr):
-            yield lambda _: None
+            yield no_progress
         return
     from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as RichProgress
-    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
     # The stream itself, since PyTorch's part of the work runs with another sys.stderr.
     console = Console(file=sys.stderr)
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[count]}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
     with (
         contextlib.redirect_stdout(sys.stderr),
         RichProgress(*columns, console=console, transient=True) as bar,
     ):
-        task = bar.add_task("starting")
-        yield lambda step: bar.update(task, description=step)
+        bar.add_task("starting", total=None, count="")
+        (task,) = bar.tasks
+
+        def show(step: Step) -> None:
+            task.total = step.total  # None moves the bar to and fro
+            count = "" if step.total is None else f"{step.done}/{step.total}"
+            bar.update(task.id, description=step.text, completed=step.done, count=count)
+
+        yield show
 
 
 class _Output(io.FileIO):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -13,6 +13,7 @@ from lmkan_deploy.converters.passes import note_outcomes
 from lmkan_deploy.converters.passes.base import Outcome, all_lookups, lookups, table_dtype_of
 from lmkan_deploy.converters.table_dtype import narrow_tables, tables_left
 from lmkan_deploy.errors import ExportError
+from lmkan_deploy.progress import Progress
 from lmkan_deploy.runtime.tensors import Arrays
 from lmkan_deploy.spec import TableDtype
 from lmkan_deploy.verification import TableCosts
@@ -24,7 +25,7 @@ def choose_tables(
     calibration: Mapping[str, NDArray[Any]] | None,
     max_error: float | None,
     cases: Mapping[str, Arrays] | None,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[Outcome, TableCosts | None]:
     """Gives a model its tables.
 
@@ -35,7 +36,7 @@ def choose_tables(
         max_error: Largest relative error of the outputs on the calibration inputs; the smallest types within it
             are chosen.
         cases: Inputs to measure costs on where there is no calibration; None for not measuring them.
-        progress: Called with a line at each step.
+        progress: Called at each step.
 
     Returns:
         What was narrowed, and which tables stay as they are and why; and what narrow tables cost, where it was

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,13 @@ from lmkan_deploy.engines.plugin import find_plugin, load_plugin
 from lmkan_deploy.engines.profiles import Profile, make_profiles
 from lmkan_deploy.engines.tensorrt_api import EngineRuntime, import_tensorrt, last_errors, make_log
 from lmkan_deploy.errors import EngineError
+from lmkan_deploy.progress import Progress, Step, no_progress
 from lmkan_deploy.runtime.tensors import TensorSpec
 from lmkan_deploy.spec import DOMAIN
 from lmkan_deploy.staging import file_sha256, output_file, reported, staging_folder
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-Progress = Callable[[str], None]
 
 
 def build_engine(
@@ -36,7 +36,7 @@ def build_engine(
     shapes: Sequence[str] = (),
     timing_cache: str | Path | None = None,
     plugin: str | Path | None = None,
-    progress: Progress = lambda _: None,
+    progress: Progress = no_progress,
 ) -> Manifest:
     """Builds a strongly typed engine: types are those of the ONNX model.
 
@@ -50,7 +50,7 @@ def build_engine(
         timing_cache: File of measured kernel timings, read if it exists and written afterwards, so that the
             next build is faster. TensorRT only.
         plugin: The plugin library for TensorRT; by default the package's.
-        progress: Called with a line at each step.
+        progress: Called at each step.
 
     Returns:
         The manifest.
@@ -66,7 +66,7 @@ def build_engine(
             f"expected an output that ends in .engine, by which run, verify and serve know engines, found {path}"
         )
     trt = import_tensorrt(runtime)
-    progress("loading")
+    progress(Step("loading"))
     source = load_model(Path(model))
     if path.exists() and path.samefile(model):
         raise EngineError(f"expected an output other than the model itself, found {path}; pass -o")
@@ -81,7 +81,7 @@ def build_engine(
     layers = sum(is_lookup(node) or is_quantized_lookup(node) for node in source.graph.all_nodes())
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, log)
-    progress("parsing")
+    progress(Step("parsing"))
     with temporary_model(source, path) as file:
         parsed = parser.parse_from_file(str(file))
     if not parsed:
@@ -182,18 +182,26 @@ def _make_monitor(trt: Any, progress: Progress) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.error: BaseException | None = None
+            self._phases: dict[str, Step] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            try:
-                progress(phase_name if parent_phase is None else f"{parent_phase}: {phase_name}")
-            except BaseException as error:  # must not cross TensorRT
-                self.error = error
+            text = phase_name if parent_phase is None else f"{parent_phase}: {phase_name}"
+            self._phases[phase_name] = Step(text, 0, num_steps)
+            self._report(self._phases[phase_name])
 
         def phase_finish(self, phase_name: str) -> None:
-            pass
+            self._phases.pop(phase_name, None)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self._phases:
+                self._report(dataclasses.replace(self._phases[phase_name], done=step + 1))
             return self.error is None
+
+        def _report(self, step: Step) -> None:
+            try:
+                progress(step)
+            except BaseException as error:  # must not cross TensorRT
+                self.error = error
 
     return Monitor()
 
