@@ -505,6 +505,24 @@ def test_external_data(stack: ExportedStack, tmp_path: Path) -> None:
         lmkan_deploy.inspect(path)
 
 
+def test_external_data_that_was_cut_short(stack: ExportedStack, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    lmkan_deploy.export(stack.checkpoint, path, external_data=True)
+    data = tmp_path / "model.onnx.data"
+    size = data.stat().st_size
+    os.truncate(data, size - 1)
+    uses = (
+        lmkan_deploy.inspect,
+        lambda p: lmkan_deploy.optimize(p, p),
+        lambda p: load_runner(p, "onnx-reference"),
+    )
+    for use in uses:
+        with pytest.raises(
+            ModelError, match=rf"to {size} of .*model\.onnx\.data .*found {size - 1} bytes; copy"
+        ):
+            use(path)
+
+
 @pytest.mark.parametrize("output", ["model.onnx", "other.onnx", "folder/other.onnx"])
 @pytest.mark.parametrize("external_data", [None, True])
 @pytest.mark.parametrize("table_dtype", [None, "int8"])
@@ -549,7 +567,12 @@ def test_external_data_elsewhere_is_not_read(location: str, stack: ExportedStack
     path.parent.mkdir()
     lmkan_deploy.export(stack.checkpoint, path, external_data=True, check=False)
     path.write_bytes(_with_location(onnx.load(path, load_external_data=False), location).SerializeToString())
-    for use in (lmkan_deploy.inspect, lambda p: lmkan_deploy.optimize(p, tmp_path / "o.onnx", check=False)):
+    uses = (
+        lmkan_deploy.inspect,
+        lambda p: lmkan_deploy.optimize(p, p),
+        lambda p: load_runner(p, "onnx-reference"),
+    )
+    for use in uses:
         with pytest.raises(ModelError, match="in its own folder"):
             use(path)
 

@@ -521,14 +521,14 @@ def test_token_and_tls(stack: ExportedStack, tmp_path: Path) -> None:
         (("--model", "net"), "expected NAME=PATH"),
         (("--model", "../net=x.onnx"), "model name"),
         (("--models", "nothing"), "found no folder nothing"),
-        (("broken.onnx",), "could not load"),
+        (("broken.onnx",), "damaged"),
         (("broken.onnx", "--model", "broken=broken.onnx"), "twice"),
         (("broken.onnx", "--max-batch", 10, "--max-queue", 5), "at least one batch"),
         (("broken.onnx", "--tls-cert", "broken.onnx"), "--tls-key"),
         (("broken.onnx", "--token-file", "nothing"), "expected a token"),
         (("broken.onnx", "--log-format", "xml"), "text or json"),
         (("broken.onnx", "--host", "256.1.1.1", "--http-port", 0), "expected to listen on"),
-        (("broken.onnx", "--workers", 2, "--http-port", 0, "--grpc-port", 0), "could not load"),
+        (("broken.onnx", "--workers", 2, "--http-port", 0, "--grpc-port", 0), "damaged"),
     ],
 )
 def test_mistakes_at_the_start(tmp_path: Path, arguments: tuple[object, ...], words: str) -> None:

@@ -24,7 +24,8 @@ def load_model(path: Path) -> ir.Model:
     """Reads an ONNX file; weights in external data stay on disk until they are used.
 
     Raises:
-        ModelError: The file is missing, empty, or not ONNX, or its external data is missing or elsewhere.
+        ModelError: The file is missing, empty, or not ONNX, or its external data is missing, too short or
+            elsewhere.
     """
     check_model_file(path)
     try:
@@ -34,18 +35,31 @@ def load_model(path: Path) -> ir.Model:
     if len(model.graph.inputs) + len(model.graph.outputs) == 0:
         raise ModelError(f"expected an ONNX model with inputs and outputs, found none in {path}")
     for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        location = Path(tensor.location)
-        if location.is_absolute() or ".." in location.parts:
-            raise ModelError(
-                f"expected the weights of {path} in its own folder, found {str(location)!r}; a model file may "
-                "not read others"
-            )
-        if not Path(tensor.path).is_file():
-            raise ModelError(f"expected the weights of {path} in {tensor.path}, found no such file")
+        if isinstance(value.const_value, ir.ExternalTensor):
+            _check_external(path, value.const_value)
     return model
+
+
+def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
+    """Raises ModelError where a tensor's bytes are not all in a file in the model's folder."""
+    location = Path(tensor.location)
+    if location.is_absolute() or ".." in location.parts:
+        raise ModelError(
+            f"expected the weights of {path} in its own folder, found {str(location)!r}; a model file may "
+            "not read others"
+        )
+    data = Path(tensor.path)
+    if not data.is_file():
+        raise ModelError(
+            f"expected the weights of {path} in {data}, found no such file; copy it together with the model"
+        )
+    start, size = tensor.offset or 0, data.stat().st_size
+    end = start + max(tensor.nbytes, tensor.length or 0)
+    if start < 0 or end > size:
+        raise ModelError(
+            f"expected bytes {start} to {end} of {data} to be {tensor.name}, found {size} bytes; copy the "
+            "model and its weights again, or export it again"
+        )
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from lmkan_deploy.errors import InputError, LibraryError, ModelError
 from lmkan_deploy.runtime.axis_limits import noted_limits
 from lmkan_deploy.runtime.libraries import get_library_path
+from lmkan_deploy.runtime.onnxruntime_problems import load_problem, run_problem
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs, numpy_dtype
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ class OnnxRuntimeRunner:
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # pybind exposes a dozen unrelated types
-            raise ModelError(_load_problem(path, str(error))) from error
+            message = str(error).replace(str(path), path.name)
+            raise ModelError(load_problem(path.name, message, ort.__version__)) from error
         # ONNX Runtime goes on without a provider that fails to start.
         if cuda and _CUDA not in self.session.get_providers():
             raise LibraryError(
@@ -126,7 +127,7 @@ class OnnxRuntimeRunner:
                 return self._run_ort_values(feeds)
             results = self.session.run(None, dict(feeds))
         except Exception as error:
-            raise InputError(f"ONNX Runtime could not run the model: {error}") from error
+            raise InputError(run_problem(str(error))) from error
         return {spec.name: array for spec, array in zip(self.outputs, results, strict=True)}
 
     def bind(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], object]:
@@ -149,17 +150,6 @@ class OnnxRuntimeRunner:
         values = {name: _to_ort_value(np.ascontiguousarray(array)) for name, array in feeds.items()}
         results = self.session.run_with_ort_values(None, values)
         return {spec.name: _from_ort_value(v, spec) for spec, v in zip(self.outputs, results, strict=True)}
-
-
-def _load_problem(path: Path, message: str) -> str:
-    missing = re.search(r"NOT_IMPLEMENTED.*implementation for (\w+)", message, re.DOTALL)
-    if missing is None:
-        return f"ONNX Runtime could not load {path.name}: {message.replace(str(path), path.name)}"
-    return (
-        f"expected operators that ONNX Runtime has for the CPU, found {missing[1]} with types that it lacks "
-        "there; export model.float(), if need be with --table-dtype, or write the model for another runtime "
-        "with --no-verify"
-    )
 
 
 def _import_onnxruntime() -> Any:

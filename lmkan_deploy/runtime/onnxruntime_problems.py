@@ -1,0 +1,92 @@
+"""What ONNX Runtime's messages mean to a user of this package, and what helps."""
+
+from __future__ import annotations
+
+import re
+
+_LOADING = (
+    (
+        r"Protobuf parsing failed",
+        "expected an ONNX file, found {file}, which is damaged or of another format; copy or export it again",
+    ),
+    (
+        r"Unsupported model IR version: (\d+), max supported IR version: (\d+)",
+        "expected an ONNX file of IR version {1} or earlier, found {0} in {file}; install a later release than "
+        "ONNX Runtime {release}",
+    ),
+    (
+        r"Opset (\d+) is under development.*Current official support for domain (\S+) is till opset (\d+)",
+        "expected opset {2} of {1} or an earlier one, found {0} in {file}; export with --opset, or install a "
+        "later release than ONNX Runtime {release}",
+    ),
+    (
+        r"(lmkan):(\w+)\(-?\d+\) is not a registered function/op",
+        "expected the compiled operators, or the function of {0}::{1} in {file}, found neither; run it with the "
+        "compiled operators, or let lmkan-deploy optimize add the function",
+    ),
+    (
+        r"Fatal error: ([\w.]+:\w+)\(-?\d+\) is not a registered function/op",
+        "expected operators that ONNX Runtime {release} has, found {0} in {file}; export the network without "
+        "it, or register its library in a session of your own",
+    ),
+    (
+        r"No Op registered for (\w+) with domain_version of (\d+)",
+        "expected operators that ONNX Runtime {release} has, found {0} of opset {1} in {file}; export the "
+        "network without it, or install a later release",
+    ),
+    (
+        r"NOT_IMPLEMENTED.*implementation for (\w+)",
+        "expected operators that ONNX Runtime has for the CPU, found {0} with types that it lacks there; export "
+        "model.float(), if need be with --table-dtype, or write the model for another runtime with --no-verify",
+    ),
+    (
+        r"External data path does not exist: \"([^\"]+)\"",
+        "expected the weights of {file} in {0}, found no such file; copy it together with the model",
+    ),
+    (
+        r"External initializer: (\S+) offset: \d+ size to read: \d+ given file_length: (\d+)",
+        "expected {0} of {file} in its file of weights, found only {1} bytes there; copy the model and its "
+        "weights again, or export it again",
+    ),
+)
+"""Regular expression of a message -> what to say, with its groups."""
+
+_NO_MEMORY = re.compile(r"Failed to allocate memory|bad_alloc|bad allocation")
+_NOISE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?")
+
+
+def load_problem(file: str, message: str, release: str) -> str:
+    """One line for a model that ONNX Runtime does not load.
+
+    Args:
+        file: The model's name.
+        message: What ONNX Runtime says.
+        release: ONNX Runtime's.
+    """
+    for pattern, words in _LOADING:
+        found = re.search(pattern, message, re.DOTALL)
+        if found:
+            return words.format(*found.groups(), file=file, release=release)
+    if _NO_MEMORY.search(message):
+        return f"expected memory for {file} and twice its tables, found too little; use narrower tables"
+    return (
+        f"ONNX Runtime {release} could not load {file}: {_said(message)}; export the model again, or "
+        "try another release of ONNX Runtime"
+    )
+
+
+def run_problem(message: str) -> str:
+    """One line for a model that ONNX Runtime does not run on inputs whose names, types and ranks fit."""
+    if _NO_MEMORY.search(message):
+        return (
+            "expected memory for the model's intermediate results, found too little; run fewer rows at a time"
+        )
+    said = _said(message)
+    # The operators of this package say what helps.
+    advice = "" if "expected " in said else "; check that the network takes inputs of these sizes and values"
+    return f"ONNX Runtime could not run the model: {said}{advice}"
+
+
+def _said(message: str) -> str:
+    """A message in one line, without codes, and ready for more words."""
+    return " ".join(_NOISE.sub("", message).split()).removesuffix(".")

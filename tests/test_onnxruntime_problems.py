@@ -1,0 +1,115 @@
+"""What a user reads where ONNX Runtime refuses a model: what was found, and what helps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import lmkan_deploy
+from lmkan_deploy.errors import InputError, ModelError
+from lmkan_deploy.runtime.runner import load_runner
+from networks import ExportedStack
+
+
+def without_function(model: onnx.ModelProto) -> None:
+    del model.functions[:]
+
+
+def newer_format(model: onnx.ModelProto) -> None:
+    model.ir_version = 99
+
+
+def newer_opset(model: onnx.ModelProto) -> None:
+    next(entry for entry in model.opset_import if entry.domain == "").version = 99
+
+
+def unknown_operator(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("NoSuchOperator", ["x"], ["z"]))
+
+
+def operator_of_others(model: onnx.ModelProto) -> None:
+    model.opset_import.append(helper.make_opsetid("com.others", 1))
+    model.graph.node.append(helper.make_node("Theirs", ["x"], ["z"], domain="com.others"))
+
+
+def input_from_nowhere(model: onnx.ModelProto) -> None:
+    model.graph.node[0].input[0] = "nowhere"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            without_function,
+            r"or the function of lmkan::LMKAN2D in m\.onnx, found neither; .*lmkan-deploy optimize",
+        ),
+        (newer_format, r"IR version \d+ or earlier, found 99 in m\.onnx; install a later release"),
+        (newer_opset, r"expected opset \d+ of ai\.onnx .*, found 99 in m\.onnx; export with --opset"),
+        (unknown_operator, r"found NoSuchOperator of opset 20 in m\.onnx; export the network without it"),
+        (operator_of_others, r"found com\.others:Theirs in m\.onnx; .* register its library"),
+        (input_from_nowhere, r"could not load m\.onnx: Invalid model\. .*nowhere.*; export the model again"),
+    ],
+)
+def test_models_that_are_refused(
+    change: Callable[[onnx.ModelProto], None], words: str, stack: ExportedStack, tmp_path: Path
+) -> None:
+    model = onnx.load(stack.onnx)
+    change(model)
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=words) as caught:
+        load_runner(tmp_path / "m.onnx", "onnxruntime-function")
+    assert "[ONNXRuntimeError]" not in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_damaged_file(stack: ExportedStack, tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(stack.onnx.read_bytes()[:1000])
+    with pytest.raises(
+        ModelError, match=r"found m\.onnx, which is damaged or of another format; copy or export"
+    ):
+        load_runner(tmp_path / "m.onnx")
+
+
+def test_weights_that_are_missing_or_cut_short(stack: ExportedStack, tmp_path: Path) -> None:
+    path, data = tmp_path / "m.onnx", tmp_path / "m.onnx.data"
+    lmkan_deploy.export(stack.checkpoint, path, external_data=True)
+    os.truncate(data, 50)
+    with pytest.raises(
+        ModelError, match=r"of m\.onnx in its file of weights, found only 50 bytes there; copy"
+    ):
+        load_runner(path)
+    data.unlink()
+    with pytest.raises(
+        ModelError, match=r"weights of m\.onnx in .*m\.onnx\.data, found no such file; copy it"
+    ):
+        load_runner(path)
+
+
+def save_one_node(path: Path, node: onnx.NodeProto, input_type: int) -> None:
+    """A model whose inputs are vectors of any sizes."""
+    inputs = [helper.make_tensor_value_info(name, input_type, [f"size of {name}"]) for name in node.input]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output]
+    graph = helper.make_graph([node], "one", inputs, outputs)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+
+
+def test_values_that_a_network_does_not_take(tmp_path: Path) -> None:
+    save_one_node(tmp_path / "m.onnx", helper.make_node("Add", ["a", "b"], ["c"]), TensorProto.FLOAT)
+    with pytest.raises(
+        InputError, match=r"could not run the model: .*Add node.*; check that the network takes"
+    ):
+        load_runner(tmp_path / "m.onnx").run({"a": np.zeros(2, np.float32), "b": np.zeros(3, np.float32)})
+
+
+def test_more_than_the_memory_holds(tmp_path: Path) -> None:
+    save_one_node(
+        tmp_path / "m.onnx", helper.make_node("ConstantOfShape", ["shape"], ["y"]), TensorProto.INT64
+    )
+    with pytest.raises(InputError, match="intermediate results, found too little; run fewer rows at a time"):
+        load_runner(tmp_path / "m.onnx").run({"shape": np.array([1 << 50], np.int64)})
