@@ -114,14 +114,21 @@ def measure(
         raise InputError(f"expected a time above 0 seconds, found {seconds}")
     if not contenders:
         raise InputError("expected at least one model to time, found none")
-    result = []
     sizes = list(dict.fromkeys(batch_sizes))
-    for done, size in enumerate(sizes):
+    for size in sizes:
         if size is not None and size < 1:
             raise InputError(f"expected batches of at least 1 row, found {size}")
-        text = "timing given inputs" if size is None else f"timing batches of {size}"
-        progress(Step(text, done, len(sizes)))
-        together = [_Rounds(contender, size, seed) for contender in contenders]
+    by_size = [[_Rounds(contender, size, seed) for contender in contenders] for size in sizes]
+    # All of them first: a model that fails would otherwise take with it what was measured until then.
+    for done, together in enumerate(by_size):
+        progress(Step("trying all models", done, len(sizes)))
+        for rounds in together:
+            rounds.try_once()
+    result = []
+    for done, (size, together) in enumerate(zip(sizes, by_size, strict=True)):
+        progress(
+            Step("timing given inputs" if size is None else f"timing batches of {size}", done, len(sizes))
+        )
         _take_turns(together, seconds)
         result += [rounds.latency(together[0]) for rounds in together]
     return result
@@ -140,20 +147,24 @@ class _Rounds:
         self._per_turn = 1
         self._seconds: list[NDArray[np.float64]] = []
 
-    def warm_up(self, seconds: float) -> None:
-        """Runs the model once, since the first call of a shape may build or allocate, and then for a while.
+    def try_once(self) -> None:
+        """Runs the model once, since the first call of a shape may build or allocate.
 
         Raises:
             InputError: It does not take the inputs.
         """
-        runner, rng = self._contender.runner, np.random.default_rng(self._seed)
-        feeds = self._feeds(rng)
+        feeds = self._feeds(np.random.default_rng(self._seed))
         try:
-            runner.run(feeds)
+            self._contender.runner.run(feeds)
         except InputError as error:
             hint = "" if self._asked is None else "; pass --inputs where random numbers don't do"
             raise InputError(f"{self._contender.model}, {self._described()}: {error}{hint}") from error
-        self._batch = _rows(runner.inputs, feeds)
+        self._batch = _rows(self._contender.runner.inputs, feeds)
+
+    def warm_up(self, seconds: float) -> None:
+        """Runs the model for a while, on inputs that the timed calls will have."""
+        runner, rng = self._contender.runner, np.random.default_rng(self._seed)
+        feeds = self._feeds(rng)
         self._calls.append(_call(runner, feeds))
         started = time.perf_counter()
         self._calls[0]()

@@ -38,9 +38,10 @@ class Sleeper:
         self.seconds = seconds
         self.feeds: list[Arrays] = []
         self.times: list[float] = []
+        self.collects: list[bool] = []
 
     def run(self, feeds: Arrays) -> Arrays:
-        assert not gc.isenabled()
+        self.collects.append(gc.isenabled())
         self.feeds.append(feeds)
         self.times.append(time.perf_counter())
         time.sleep(self.seconds)
@@ -69,6 +70,7 @@ def test_times_are_those_of_the_calls() -> None:
     assert len({feeds["x"].tobytes() for feeds in fast.feeds}) == 16
     assert all(feeds["x"].shape == (3, 4) for feeds in fast.feeds)
     assert fast.times[-1] > slow.times[-10]
+    assert not any(fast.collects[1:])  # but for the first try
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (None, 4), ("batch", "length"), ()], ids=str)
@@ -96,6 +98,23 @@ def test_a_slow_model_is_called_as_often_as_rounds_need() -> None:
     [found] = measure([Contender("m", model, None, {})], [1], seconds=0.01, seed=0)
     assert found.calls == 5
     assert len(model.times) == 7
+
+
+class Refusing(Sleeper):
+    """Takes small batches alone."""
+
+    def run(self, feeds: Arrays) -> Arrays:
+        if len(feeds["x"]) > 10:
+            raise InputError("expected 10 rows at most")
+        return super().run(feeds)
+
+
+def test_a_model_that_fails_does_so_before_anything_is_timed() -> None:
+    first, second = Sleeper(0.001), Refusing(0.001)
+    contenders = [Contender("a", first, None, {}), Contender("b", second, None, {})]
+    with pytest.raises(InputError, match="b, random batch of 100: expected 10 rows at most; pass --inputs"):
+        measure(contenders, [1, 100], seconds=1, seed=0)
+    assert [len(first.times), len(second.times)] == [2, 1]
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
