@@ -66,7 +66,7 @@ class Served:
         return "".join(self.lines)
 
     def wait_until_ready(self, processes: int = 1) -> None:
-        count = int(re.search(r"runs in +(\d+) process", self.log).group(1))  # type: ignore[union-attr]
+        count = int(self._find(r"runs in +(\d+) process"))
         self.wait_for(lambda: len(re.findall(r"process \d+ is ready", self.log)) >= count, 60)
 
     def wait_for(self, condition: Any, seconds: float = 20) -> None:

@@ -8,6 +8,7 @@
 // CUDA 12.5 brought the way to the driver's function that is used here.
 #if CUDART_VERSION >= 12050
 
+#include "bulk_copy.cuh"
 #include "corners.cuh"
 #include "shared.cuh"
 
@@ -18,66 +19,6 @@ struct BulkArguments {
   Lookup lookup;
   SharedPlan plan;
 };
-
-namespace {
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-
-__device__ inline uint32_t SharedAddress(const void* at) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
-}
-
-__device__ inline void InitBarrier(uint64_t* barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)),
-               "r"(arrivals)
-               : "memory");
-}
-
-__device__ inline void Arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
-}
-
-// Arrives, and lets the phase wait for so many bytes.
-__device__ inline void ArriveWithBytes(uint64_t* barrier, uint32_t bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
-      "r"(bytes)
-      : "memory");
-}
-
-// Arrives when the thread's earlier asynchronous copies are complete.
-__device__ inline void ArriveWithCopies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier))
-               : "memory");
-}
-
-// Waits until the phase of this parity is complete.
-__device__ inline void Wait(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "wait_%=:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra wait_%=;\n"
-      "}" ::"r"(SharedAddress(barrier)),
-      "r"(parity)
-      : "memory");
-}
-
-// Copies a box of bytes, 128 of each of some cells of a pair.
-__device__ inline void CopyBox(const CUtensorMap* map, char* to, int32_t byte, int32_t cell,
-                               int32_t pair, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
-      "%3, "
-      "%4}], [%5];" ::"r"(SharedAddress(to)),
-      "l"(map), "r"(byte), "r"(cell), "r"(pair), "r"(SharedAddress(barrier))
-      : "memory");
-}
-
-#endif
-
-}  // namespace
 
 template <class T>
 __global__ void __launch_bounds__(kSharedMostThreads, 1)
@@ -116,7 +57,7 @@ __global__ void __launch_bounds__(kSharedMostThreads, 1)
       InitBarrier(full + s, sizeof(T) == 1 ? 33 : 1);
       InitBarrier(empty + s, blockDim.x / 32);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    FenceBarriers();
   }
 
   // Slices go through the stages in turn, over all items; the parity tells one round from the next.

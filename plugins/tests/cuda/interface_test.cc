@@ -187,7 +187,7 @@ void TestPlans() {
   using cuda::Device;
   using cuda::Problem;
   for (const int32_t processors : {1, 7, 132, 100000}) {
-    const Device device = {processors, 227 << 10};
+    const Device device = {processors, 227 << 10, true};
     for (const lmkan_dtype dtype : kTableDtypes) {
       for (const int64_t pairs : {int64_t{1}, int64_t{5}, int64_t{300}, int64_t{1} << 33}) {
         for (const int64_t outputs : {int64_t{1}, int64_t{40}, int64_t{1} << 20}) {

@@ -1,9 +1,9 @@
 // The part of CUDA that the kernels use, in C++: every block's threads run as fibers on the calling
 // thread, so that the very source of the kernels runs, and can be checked, without a GPU.
 //
-// Copies that a kernel starts happen when it waits for them. Between two barriers threads run one
+// Copies that a thread starts happen when it waits for them. Between two barriers threads run one
 // after the other, forwards or backwards in turn, so that a missing barrier shows. A barrier that
-// not all threads of a block reach ends the program.
+// not all threads of a block reach ends the program, as does a wait for what never happens.
 #ifndef LMKAN_TESTS_CUDA_EMULATION_CUDA_RUNTIME_H_
 #define LMKAN_TESTS_CUDA_EMULATION_CUDA_RUNTIME_H_
 
@@ -20,6 +20,7 @@
 #define __shared__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct uint2 {
   unsigned int x, y;
@@ -50,6 +51,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 void __syncthreads();
+void __syncwarp();
 
 template <class T>
 T __ldg(const T* at) {
@@ -118,6 +120,13 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+#define CUDART_VERSION 12050
+enum { cudaEnableDefault = 0 };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function,
+                                             unsigned int version, unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* result);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaGetLastError();
@@ -132,6 +141,8 @@ struct Device {
   cudaError_t launch_error = cudaSuccess;
   int num_processors = 8;
   int shared_per_block = 227 << 10;
+  bool has_accelerator = false;  // for copies of tensors to shared memory
+  bool copies_early = false;     // when it does them: at once, or when a thread waits for them
   unsigned int most_blocks = INT32_MAX;  // of a launch, so that they must take turns
 };
 extern Device device;

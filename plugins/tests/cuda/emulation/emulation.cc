@@ -4,10 +4,13 @@
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
+#include "cuda.h"
 #include "cuda_pipeline_primitives.h"
 #include "cuda_runtime.h"
+#include "scheduler.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -34,18 +37,14 @@ namespace {
 constexpr size_t kStackBytes = 128 << 10;
 constexpr int kDefaultSharedLimit = 48 << 10;
 
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-};
+enum class State { kRunning, kAtBarrier, kAtWarpBarrier, kDone };
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   std::vector<Copy> started;
   std::vector<std::vector<Copy>> committed;
-  bool is_done = false;
+  State state = State::kRunning;
   void* fake_stack = nullptr;  // the address sanitizer's
 };
 
@@ -54,11 +53,7 @@ Fiber* current = nullptr;
 ucontext_t scheduler;
 const std::function<void()>* thread_function = nullptr;
 std::map<const void*, int> shared_limits;
-
-[[noreturn]] void Stop(const char* what) {
-  std::fprintf(stderr, "emulation: %s\n", what);
-  std::abort();
-}
+bool has_progress = false;
 
 // The address sanitizer wants to know of every change of stacks.
 #if defined(__SANITIZE_ADDRESS__)
@@ -98,7 +93,7 @@ void FiberMain() {
     if (!current->started.empty() || !current->committed.empty()) {
       Stop("a thread ended before its copies did");
     }
-    current->is_done = true;
+    current->state = State::kDone;
     LeaveFiber();
   }
 }
@@ -124,17 +119,53 @@ void MakeFibers(size_t count) {
   }
 }
 
+constexpr unsigned int kWarp = 32;
+constexpr int kMostIdleRounds = 1000;  // in which all threads have had their turn
+
+// Lets the threads from `first` on go on if all that have not ended are at a barrier.
+void ReleaseIfComplete(unsigned int first, unsigned int count, State barrier) {
+  unsigned int arrived = 0;
+  unsigned int ended = 0;
+  for (unsigned int t = first; t < first + count; ++t) {
+    arrived += fibers[t]->state == barrier ? 1 : 0;
+    ended += fibers[t]->state == State::kDone ? 1 : 0;
+  }
+  if (arrived == 0 || arrived + ended < count) return;
+  if (ended > 0) Stop("a barrier that not all threads reach");
+  for (unsigned int t = first; t < first + count; ++t) fibers[t]->state = State::kRunning;
+  has_progress = true;
+}
+
+// Whether a thread is left out of a round: now and then for itself, and mostly with its warp for a
+// few rounds, in which others get ahead as far as barriers let them.
+bool IsLate(unsigned int thread, unsigned int round) {
+  const auto hash = [](unsigned int a, unsigned int b) {
+    return (a * 2654435761u ^ b * 40503u) * 2246822519u >> 24;
+  };
+  return hash(thread, round) % 8 == 0 || hash(thread / kWarp, round / 4) % 4 != 0;
+}
+
 void RunBlock(unsigned int threads) {
-  for (unsigned int t = 0; t < threads; ++t) fibers[t]->is_done = false;
-  for (int phase = 0;; ++phase) {
+  for (unsigned int t = 0; t < threads; ++t) fibers[t]->state = State::kRunning;
+  int idle_rounds = 0;
+  for (unsigned int round = 0;; ++round) {
+    has_progress = false;
+    bool is_over = true;
     for (unsigned int i = 0; i < threads; ++i) {
-      const unsigned int t = phase % 2 == 0 ? i : threads - 1 - i;
-      Resume(fibers[t].get(), t);
+      const unsigned int t = round % 2 == 0 ? i : threads - 1 - i;
+      if (fibers[t]->state == State::kRunning) {
+        if (!IsLate(t, round)) Resume(fibers[t].get(), t);
+        has_progress |= fibers[t]->state != State::kRunning;
+      }
+      is_over &= fibers[t]->state == State::kDone;
     }
-    for (unsigned int t = 1; t < threads; ++t) {
-      if (fibers[t]->is_done != fibers[0]->is_done) Stop("a barrier that not all threads reach");
+    if (is_over) return;
+    for (unsigned int first = 0; first < threads; first += kWarp) {
+      ReleaseIfComplete(first, std::min(kWarp, threads - first), State::kAtWarpBarrier);
     }
-    if (fibers[0]->is_done) return;
+    ReleaseIfComplete(0, threads, State::kAtBarrier);
+    idle_rounds = has_progress ? 0 : idle_rounds + 1;
+    if (idle_rounds == kMostIdleRounds) Stop("threads wait for what never happens");
   }
 }
 
@@ -149,7 +180,29 @@ void PrepareSharedMemory(size_t bytes) {
   std::memset(memory, 0xff, bytes);
 }
 
+void WaitAt(State barrier) {
+  const unsigned int thread = threadIdx.x;
+  current->state = barrier;
+  LeaveFiber();
+  if (threadIdx.x != thread) Stop("a fiber runs as another thread");
+}
+
 }  // namespace
+
+void Do(const std::vector<Copy>& copies) {
+  for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+}
+
+std::vector<Copy> TakeStartedCopies() { return std::exchange(current->started, {}); }
+
+void LetOthersRun() { LeaveFiber(); }
+
+void NoteProgress() { has_progress = true; }
+
+void Stop(const char* what) {
+  std::fprintf(stderr, "emulation: %s\n", what);
+  std::abort();
+}
 
 cudaError_t SetSharedLimit(const void* kernel, int bytes) {
   if (bytes > device.shared_per_block) return last_error = cudaErrorInvalidValue;
@@ -172,6 +225,7 @@ cudaError_t Run(const void* kernel, const cudaLaunchConfig_t& config,
   MakeFibers(blockDim.x);
   for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
     PrepareSharedMemory(config.dynamicSmemBytes);
+    ForgetBarriers();
     RunBlock(blockDim.x);
   }
   return cudaSuccess;
@@ -179,11 +233,9 @@ cudaError_t Run(const void* kernel, const cudaLaunchConfig_t& config,
 
 }  // namespace emulation
 
-void __syncthreads() {
-  const unsigned int thread = threadIdx.x;
-  emulation::LeaveFiber();
-  if (threadIdx.x != thread) emulation::Stop("a fiber runs as another thread");
-}
+void __syncthreads() { emulation::WaitAt(emulation::State::kAtBarrier); }
+
+void __syncwarp() { emulation::WaitAt(emulation::State::kAtWarpBarrier); }
 
 void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
   if (bytes != 4 && bytes != 8 && bytes != 16) emulation::Stop("a copy of a wrong size");
@@ -203,9 +255,7 @@ void __pipeline_commit() {
 void __pipeline_wait_prior(size_t batches) {
   auto& committed = emulation::current->committed;
   while (committed.size() > batches) {
-    for (const emulation::Copy& copy : committed.front()) {
-      std::memcpy(copy.to, copy.from, copy.bytes);
-    }
+    emulation::Do(committed.front());
     committed.erase(committed.begin());
   }
 }
@@ -222,11 +272,43 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = emulation::device.num_processors;
       break;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 8;  // without the tensor memory accelerator, which is not emulated
+      *value = emulation::device.has_accelerator ? 9 : 8;
       break;
     default:
       *value = emulation::device.shared_per_block;
   }
+  return cudaSuccess;
+}
+
+namespace {
+
+// cuTensorMapEncodeTiled, with the checks of its arguments that depend on the caller.
+CUresult EncodeTensorMap(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* start,
+                         const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                         const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                         CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  if (rank != 3 || reinterpret_cast<uintptr_t>(start) % 16 != 0) return CUDA_ERROR_INVALID_VALUE;
+  *map = {static_cast<const char*>(start), {}, {}, {}};
+  for (int i = 0; i < 3; ++i) {
+    if (sizes[i] == 0 || sizes[i] > uint64_t{1} << 32) return CUDA_ERROR_INVALID_VALUE;
+    if (box[i] == 0 || box[i] > 256) return CUDA_ERROR_INVALID_VALUE;
+    map->sizes[i] = sizes[i];
+    map->box[i] = box[i];
+  }
+  for (int i = 0; i < 2; ++i) {
+    if (strides[i] % 16 != 0 || strides[i] >= uint64_t{1} << 40) return CUDA_ERROR_INVALID_VALUE;
+    map->strides[i] = strides[i];
+  }
+  return box[0] % 16 == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+}  // namespace
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned int,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  *function = reinterpret_cast<void*>(EncodeTensorMap);
+  *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
 
