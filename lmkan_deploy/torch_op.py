@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ _NATIVE_DTYPES = {
     torch.float16: Dtype.FLOAT16,
     torch.bfloat16: Dtype.BFLOAT16,
 }
+
+_DTYPES = (*_NATIVE_DTYPES, torch.float64)
 
 _CHUNK_ELEMENTS = 1 << 22
 """Largest intermediate, in elements, of the forward in PyTorch and of the backward."""
@@ -40,10 +43,14 @@ def lookup2d(x: Tensor, table: Tensor) -> Tensor:
     Returns:
         y, [..., N_out], of x's dtype; accumulated in float32 (float64 for float64 x).
 
+    Forward-mode derivatives and derivatives of the gradient are not defined.
+
     Raises:
-        ValueError: The shapes contradict each other.
+        ValueError: The shapes contradict each other, an element type is none of the four floating-point types,
+            or the tensors are on different devices.
     """
     check_shapes(tuple(x.shape), tuple(table.shape))
+    _check_kinds(x, table)
     if x.device.type == "cpu" and x.dtype in _NATIVE_DTYPES and table.dtype in _NATIVE_DTYPES:
         return _lookup2d_native(x, table)
     return _lookup2d_torch(x, table)
@@ -52,7 +59,20 @@ def lookup2d(x: Tensor, table: Tensor) -> Tensor:
 @lookup2d.register_fake
 def _(x: Tensor, table: Tensor) -> Tensor:
     check_shapes((*[1] * (x.dim() - 1), int(x.shape[-1])) if x.dim() else (), tuple(table.shape))
+    _check_kinds(x, table)
     return x.new_empty((*x.shape[:-1], table.shape[-1]))
+
+
+def _check_kinds(x: Tensor, table: Tensor) -> None:
+    for name, tensor in (("x", x), ("the table", table)):
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"expected {name} of float16, bfloat16, float32 or float64, found {tensor.dtype}; convert it"
+            )
+    if x.device != table.device:
+        raise ValueError(
+            f"expected x and the table on one device, found {x.device} and {table.device}; move one of them"
+        )
 
 
 def _lookup2d_native(x: Tensor, table: Tensor) -> Tensor:
@@ -139,8 +159,12 @@ def lookup2d_backward(
     features = x.reshape(-1, x.shape[-1])
     grads = grad.reshape(-1, grad.shape[-1]).to(compute)
     corners = table.reshape(-1, table.shape[-1])
-    grad_x = torch.empty_like(features) if need_x else x.new_empty(0)
-    grad_corners = torch.zeros_like(corners, dtype=compute) if need_table else x.new_empty(0)
+    # As the compiler was told, whatever the strides of x and the table.
+    contiguous = torch.contiguous_format
+    grad_x = torch.empty_like(features, memory_format=contiguous) if need_x else x.new_empty(0)
+    grad_corners = (
+        torch.zeros_like(corners, dtype=compute, memory_format=contiguous) if need_table else x.new_empty(0)
+    )
     for chunk in _chunks(features.shape[0], table.shape[0] * table.shape[-1]):
         cells = Cells(features[chunk].to(compute), table.shape[1] - 1)
         rows, weights = cells.corner_rows(), cells.weights()
@@ -175,10 +199,13 @@ def _add_table_gradient(grad_corners: Tensor, rows: Tensor, weights: Tensor, gra
 
 
 def _x_gradient(corners: Tensor, cells: Cells, rows: Tensor, grads: Tensor) -> Tensor:
-    # How y changes with each corner's weight, [B, P] a corner.
-    s00, s01, s10, s11 = (
-        torch.bmm(corners[rows[..., c]].to(grads.dtype), grads.unsqueeze(-1)).squeeze(-1) for c in range(4)
-    )
+    # How y changes with each corner's weight, [B, P] a corner. Autocast would round the factors of `bmm`.
+    device = grads.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        s00, s01, s10, s11 = (
+            torch.bmm(corners[rows[..., c]].to(grads.dtype), grads.unsqueeze(-1)).squeeze(-1)
+            for c in range(4)
+        )
     d1, d2 = cells.position.unbind(-1)
     slope1 = (1 - d2) * (s10 - s00) + d2 * (s11 - s01)
     slope2 = (1 - d1) * (s01 - s00) + d1 * (s11 - s10)

@@ -78,10 +78,14 @@ def replace_layers(module: nn.Module) -> nn.Module:
     """
     if _is_upstream_layer(module):
         return _replacement(module)
+    # A layer that is held in several places stays one.
+    twins: dict[nn.Module, LMKAN2DLayer] = {}
     for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if _is_upstream_layer(child):
-                setattr(parent, name, _replacement(child))
+        for name, child in list(parent._modules.items()):  # named_children() leaves out the second place
+            if child is not None and _is_upstream_layer(child):
+                if child not in twins:
+                    twins[child] = _replacement(child)
+                setattr(parent, name, twins[child])
     return module
 
 

@@ -83,6 +83,43 @@ def test_registration() -> None:
     torch.library.opcheck(lookup.default, (x.requires_grad_(), table.requires_grad_()))
 
 
+def test_the_gradient_has_the_strides_that_the_compiler_was_told() -> None:
+    x, table = inputs(4, 3, 4, 5)
+    strided = table.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    torch.library.opcheck(
+        torch.ops.lmkan.lookup2d_backward.default,
+        (torch.randn(4, 5), x.T.contiguous().T, strided, True, True),
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64])
+def test_other_types_are_refused(kind: torch.dtype) -> None:
+    x, table = inputs(4, 3, 4, 5)
+    for device in ("cpu", "meta"):
+        x, table = x.to(device), table.to(device)
+        with pytest.raises(ValueError, match=f"expected x of float16, .*found {kind}; convert it"):
+            lookup(x.to(kind), table)
+        with pytest.raises(ValueError, match=f"expected the table of float16, .*found {kind}; convert it"):
+            lookup(x, table.to(kind))
+
+
+def test_two_devices_are_refused() -> None:
+    x, table = inputs(4, 3, 4, 5)
+    with pytest.raises(ValueError, match="on one device, found cpu and meta; move one"):
+        lookup(x, table.to("meta"))
+    with pytest.raises(ValueError, match="on one device, found meta and cpu; move one"):
+        lookup(x.to("meta"), table)
+
+
+def test_autocast_does_not_round_gradients() -> None:
+    x, table = (v.requires_grad_() for v in inputs(64, 4, 8, 32))
+    lookup(x, table).square().sum().backward()
+    want, x.grad = x.grad, None
+    with torch.autocast("cpu", torch.bfloat16):
+        lookup(x, table).square().sum().backward()
+    torch.testing.assert_close(x.grad, want, rtol=0, atol=0)
+
+
 def test_compile_keeps_one_node_and_the_values() -> None:
     x, table = inputs(6, 3, 4, 4)
     graphs = []

@@ -94,6 +94,16 @@ def test_a_layer_of_the_real_package_alone(real_package: None) -> None:
     assert twin(torch.randn(4, 2)).shape == (3, 2)
 
 
+def test_a_layer_of_the_real_package_in_two_places(real_package: None) -> None:
+    from lmKAN import LMKAN2DLayer
+
+    layer = LMKAN2DLayer(5, 4, 4)
+    network = upstream.replace_layers(torch.nn.Sequential(layer, torch.nn.ReLU(), layer))
+    assert network[0] is network[2]
+    assert network[0].func_parameter is layer.func_parameter
+    assert network(torch.randn(4, 3)).shape == (4, 3)
+
+
 def test_architectures_leave_the_import_path_as_it_was(user_model: UserModel) -> None:
     before = list(sys.path)
     with user_model.architecture.importable():

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from lmkan_deploy.runtime.libraries import get_library_path
+from lmkan_deploy.runtime.tasks import run_tasks
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -93,11 +92,6 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-@functools.cache
-def _thread_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="lmkan")
-
-
 class CpuTable:
     """A table made ready for lookups; a context manager that frees it at the end.
 
@@ -167,10 +161,10 @@ class CpuTable:
             if status != 0:
                 raise NativeError(message.value.decode())
 
-        if num_tasks == 1:
+        if num_tasks <= 1:
             run(0)
         else:
-            list(_thread_pool().map(run, range(num_tasks)))
+            run_tasks([functools.partial(run, task) for task in range(num_tasks)])
 
     def close(self) -> None:
         """Frees the table; more calls do nothing."""
