@@ -409,6 +409,8 @@ def test_bad_tensors_on_the_device(gpu: SimpleNamespace) -> None:
         (torch.ones(3, 10, requires_grad=True), "expected a tensor on the GPU|without a gradient"),
         (NeedsGradient(), "expected a tensor without a gradient .*: use detach"),
         (on_device(gpu, rows(3)[:, :9]), "found shape|from 1x10 to 64x10"),
+        (on_device(gpu, rows(3)[0]), r"expected input x .*found shape \[10\]"),
+        (on_device(gpu, rows(3)[..., None]), r"expected input x .*found shape \[3, 10, 1\]"),
         (on_device(gpu, rows(65)), "expected 1 to 64 rows on the GPU, found 65; split the batch"),
         (on_device(gpu, rows(0)), "expected 1 to 64 rows on the GPU, found 0"),
     ]:

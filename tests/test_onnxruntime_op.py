@@ -243,6 +243,17 @@ def test_bad_tables_are_refused_when_the_session_is_made(shape: tuple) -> None:
         session(hand_made(np.zeros(shape, np.float32)))
 
 
+@pytest.mark.parametrize("name", ["x" + "é" * 100, "日本" * 200, "x" * 500])
+def test_long_names_are_cut_between_characters(name: str) -> None:
+    model = hand_made(np.zeros((5, 3, 3, 8), np.float32))
+    model.graph.node[0].name = name
+    with pytest.raises(Exception, match="expected table") as caught:
+        session(model)
+    found = str(caught.value).split('node "')[1].split('"')[0]
+    assert name.startswith(found)
+    assert 157 < len(found.encode()) <= 160
+
+
 @pytest.mark.parametrize("shape", [(3, 9), (3, 11), (3, 0), (10, 3), (3, 2)])
 def test_bad_features_are_refused_at_run_time(shape: tuple) -> None:
     shared = session(hand_made(np.zeros((5, 8, 8, 4), np.float32)))

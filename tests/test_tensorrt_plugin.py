@@ -378,7 +378,12 @@ def test_an_engine_keeps_the_layers_name(library: Library, quantized: bool) -> N
         assert each.output_types([]) is None
         assert 'layer "encoder/layer 5": ' in library.only_line()
     assert create(library, quantized, name="").fields() == []
-    assert len(ctypes.string_at(create(library, name="x" * 5000).fields()[0].data, 1024)) == 1024
+    assert create(library, name="x" * 5000).fields()[0].length == 1024
+    plugin = create(library, name="é" * 1000 + "x")  # cut between characters
+    (field,) = plugin.fields()
+    assert ctypes.string_at(field.data, field.length).decode() == "é" * 512
+    assert plugin.output_types([]) is None
+    assert f'layer "{"é" * 80}": ' in library.only_line()
 
 
 def test_clones_outlive_their_original_and_share_nothing_with_it(host: Library) -> None:
@@ -959,7 +964,7 @@ def test_what_cannot_be_compiled_leaves_nothing(
     refused(broken, r"could not compile the plugin against TensorRT 12.0.0 of .*error: #error not these")
     with pytest.raises(LibraryError, match=r"expected an output that ends in \.so, found .*plugin"):
         build_tensorrt_plugin(headers, tmp_path / "plugin", kernels=host_kernels)
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
     refused(headers, "expected a C\\+\\+ compiler, could not run no-such-compiler")
     assert [path.name for path in tmp_path.iterdir()] == ["include"]
 

@@ -66,6 +66,11 @@ def test_rows_of_models_with_other_free_axes() -> None:
     assert rows_are_independent(mean, specs[::2], limits)
 
 
+@pytest.mark.parametrize("entry", ['{"B": [0, null, 0]}', '{"B": [0, null, -2]}', '{"B": 3}', "[]", "text"])
+def test_limits_that_somebody_else_noted(entry: str) -> None:
+    assert noted_limits({"lmkan_deploy.axis_limits": entry}) == {}
+
+
 @pytest.mark.parametrize(
     ("limits", "sizes", "text"),
     [

@@ -21,7 +21,14 @@ from lmkan_deploy.engines.manifest import check_manifest, read_manifest
 from lmkan_deploy.engines.plugin import find_plugin, load_plugin
 from lmkan_deploy.engines.tensorrt_api import EngineRuntime, import_tensorrt, last_errors, make_log
 from lmkan_deploy.errors import EngineError, InputError
-from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs, numpy_dtype, rows_are_free
+from lmkan_deploy.runtime.tensors import (
+    Arrays,
+    TensorSpec,
+    check_input_shapes,
+    check_inputs,
+    numpy_dtype,
+    rows_are_free,
+)
 
 # TensorRT's type names and NumPy's.
 _DTYPES = {
@@ -142,6 +149,7 @@ class EngineRunner:
         """
         interfaces = {spec.name: device_interface(spec, feeds.get(spec.name)) for spec in self.inputs}
         shapes = {name: tuple(interface["shape"]) for name, interface in interfaces.items()}
+        check_input_shapes(self.inputs, shapes)
         parts = self._parts(shapes)
         if len(parts) != 1:
             ranges = [row_range(self.inputs, profile) for profile in self._profiles]

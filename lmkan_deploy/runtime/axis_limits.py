@@ -47,9 +47,10 @@ def noted_limits(metadata: Mapping[str, str]) -> dict[str, AxisLimits]:
     """What `note_limits` noted, by the names of axes."""
     try:
         entries = json.loads(metadata.get(_KEY, "{}")).items()
-        return {
+        found = {
             name: AxisLimits(int(least), None if most is None else int(most), *map(int, step))
             for name, (least, most, *step) in entries
         }
+        return found if all(limits.step >= 1 for limits in found.values()) else {}
     except (ValueError, TypeError, AttributeError):  # somebody else's
         return {}

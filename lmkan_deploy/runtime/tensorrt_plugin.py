@@ -110,8 +110,8 @@ def _find_plugins() -> dict[str, Path]:
 def build_tensorrt_plugin(
     include_dir: str | Path, output: str | Path | None = None, *, kernels: str | Path | None = None
 ) -> Path:
-    """Compiles the plugin library NAME.so, and NAME_register.so, with the compiler of CXX, by default g++, and
-    the options of LDFLAGS.
+    """Compiles the plugin library NAME.so, and NAME_register.so, with the compiler and options of CXX, by
+    default g++, and the options of LDFLAGS.
 
     NAME.so is for `trtexec --dynamicPlugins` and `IPluginRegistry::loadLibrary`. NAME_register.so has TensorRT
     load it, for programs that only open a library, such as Triton. A file appears complete or not at all. The
@@ -133,7 +133,7 @@ def build_tensorrt_plugin(
         ModelError: The file can't be written.
     """
     include_dir = Path(include_dir)
-    compiler = os.environ.get("CXX") or "g++"
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     version = _tensorrt_version(compiler, include_dir)
     kernels = Path(kernels or _find_kernels()).resolve()
     if output is None:
@@ -172,10 +172,10 @@ def build_tensorrt_plugin(
     return path
 
 
-def _command(compiler: str, include_dir: Path, plugins: Path, folder: Path) -> list[str]:
+def _command(compiler: list[str], include_dir: Path, plugins: Path, folder: Path) -> list[str]:
     """Compiles the sources of a folder into one shared library that exports what its exports.map says."""
     return [
-        compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden",
+        *compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden",
         f'-DLMKAN_VERSION="{__version__}"',
         "-isystem", str(include_dir), "-I", str(plugins / "include"),
         "-idirafter", str(plugins / "tensorrt" / "cuda_types"),  # where there are no headers of CUDA
@@ -220,7 +220,7 @@ def _cache() -> Path:
     return Path(root) / "lmkan-deploy" / "plugins"
 
 
-def _tensorrt_version(compiler: str, include_dir: Path) -> str:
+def _tensorrt_version(compiler: list[str], include_dir: Path) -> str:
     """Such as 10.14.1; the preprocessor reads it, since macros stand for macros in this header."""
     header = include_dir / "NvInferVersion.h"
     if not header.is_file() or not (include_dir / "NvInferRuntime.h").is_file():
@@ -229,7 +229,7 @@ def _tensorrt_version(compiler: str, include_dir: Path) -> str:
             "pass the include folder of a TensorRT installation"
         )
     names = ("NV_TENSORRT_MAJOR", "NV_TENSORRT_MINOR", "NV_TENSORRT_PATCH")
-    result = _run([compiler, "-E", "-P", "-x", "c++", "-include", str(header), "-"], " ".join(names))
+    result = _run([*compiler, "-E", "-P", "-x", "c++", "-include", str(header), "-"], " ".join(names))
     parts = result.stdout.split()[-3:]
     if result.returncode != 0 or len(parts) != 3 or not all(part.isdecimal() for part in parts):
         raise LibraryError(f"expected the version of TensorRT in {header}, found none; reinstall its headers")

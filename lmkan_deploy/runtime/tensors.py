@@ -117,7 +117,6 @@ def check_inputs(
     if len(specs) != len(feeds) or not all(spec.name in feeds for spec in specs):
         expected, found = [spec.name for spec in specs], list(feeds)
         raise InputError(f"expected the inputs {', '.join(expected)}, found {', '.join(found) or 'none'}")
-    sizes: dict[str, int] = {}
     for spec in specs:
         array = feeds[spec.name]
         if not isinstance(array, np.ndarray):
@@ -129,12 +128,7 @@ def check_inputs(
             raise InputError(
                 f"expected input {spec}, found {array.dtype}; convert it with x.astype({spec.dtype!r})"
             )
-        fits = array.ndim == len(spec.shape) and all(
-            _fits(expected_size, size, sizes)
-            for expected_size, size in zip(spec.shape, array.shape, strict=True)
-        )
-        if not fits:
-            raise InputError(_misfit(specs, spec, array.shape, sizes))
+    sizes = check_input_shapes(specs, {spec.name: feeds[spec.name].shape for spec in specs})
     for name, allowed in (limits or {}).items():
         if sizes.get(name, 0) % allowed.step != 0:
             spec = next(spec for spec in specs if name in spec.shape)
@@ -142,6 +136,29 @@ def check_inputs(
                 f"expected input {spec} with {name} in multiples of {allowed.step}, found shape "
                 f"{list(feeds[spec.name].shape)}"
             )
+
+
+def check_input_shapes(specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Checks that shapes fit a model's inputs, and each other where axes share a name.
+
+    Args:
+        specs: What the model takes.
+        shapes: A shape for each of them, by name.
+
+    Returns:
+        The sizes of named axes.
+
+    Raises:
+        InputError: A shape has another rank or size than expected.
+    """
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        shape = shapes[spec.name]
+        if len(shape) != len(spec.shape) or not all(
+            _fits(expected_size, size, sizes) for expected_size, size in zip(spec.shape, shape, strict=True)
+        ):
+            raise InputError(_misfit(specs, spec, shape, sizes))
+    return sizes
 
 
 def _misfit(

@@ -5,6 +5,8 @@
 #include <memory>
 #include <new>
 
+#include "lmkan/utf8.h"
+
 namespace lmkan::ort {
 namespace {
 
@@ -123,8 +125,8 @@ OrtStatus* ReadNode(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInf
 
 OrtStatus* Error(const Node& node, const char* message) {
   char text[kMessageSize + 256];
-  std::snprintf(text, sizeof text, "%s node \"%.160s\": %s", node.op->name(), node.name.c_str(),
-                message);
+  std::snprintf(text, sizeof text, "%s node \"%.*s\": %s", node.op->name(),
+                NameBytes(node.name.c_str()), node.name.c_str(), message);
   return node.api->CreateStatus(ORT_INVALID_ARGUMENT, text);
 }
 

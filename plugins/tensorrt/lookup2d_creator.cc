@@ -1,6 +1,5 @@
 #include "lookup2d_creator.h"
 
-#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <new>
@@ -8,6 +7,7 @@
 #include <utility>
 
 #include "check_tensors.h"
+#include "lmkan/utf8.h"
 #include "log.h"
 #include "lookup2d_plugin.h"
 
@@ -56,15 +56,16 @@ nvinfer1::IPluginV3* Lookup2dCreator::createPlugin(const char* name,
       }
     }
     if (valid) {
-      layer_name.resize(std::min<size_t>(layer_name.size(), kMaxLayerName));
+      layer_name.resize(Utf8Prefix(layer_name.c_str(), kMaxLayerName));
       return new Lookup2dPlugin(quantized_, std::move(layer_name));
     }
   } catch (const std::bad_alloc&) {
     std::snprintf(message.text, sizeof message.text, "no memory to create the plugin");
   }
   char line[sizeof message.text + 256];
-  std::snprintf(line, sizeof line, "%s layer \"%.160s\": %s", getPluginName(),
-                name == nullptr ? "" : name, message.text);
+  if (name == nullptr) name = "";
+  std::snprintf(line, sizeof line, "%s layer \"%.*s\": %s", getPluginName(), NameBytes(name), name,
+                message.text);
   LogError(line);
   return nullptr;
 }

@@ -7,6 +7,7 @@
 #include <new>
 #include <utility>
 
+#include "lmkan/utf8.h"
 #include "log.h"
 
 namespace lmkan::trt {
@@ -95,8 +96,8 @@ const nvinfer1::PluginFieldCollection* Lookup2dPlugin::getFieldsToSerialize() no
 
 int32_t Lookup2dPlugin::Fail(const Message& message) const noexcept {
   char line[sizeof message.text + 256];
-  std::snprintf(line, sizeof line, "%s layer \"%.160s\": %s", getPluginName(), layer_name_.c_str(),
-                message.text);
+  std::snprintf(line, sizeof line, "%s layer \"%.*s\": %s", getPluginName(),
+                NameBytes(layer_name_.c_str()), layer_name_.c_str(), message.text);
   LogError(line);
   return 1;
 }

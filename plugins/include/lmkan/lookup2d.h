@@ -39,7 +39,8 @@ enum {
 };
 
 /* Element types. INT8 is for tables alone: an entry is its integer times the scale of its pair and
- * output. */
+ * output. Sums of it are up to 2^22 times too large until the end, so scales below 1e-31 lose digits,
+ * and |y| above 1e31 may become infinite. */
 typedef int32_t lmkan_dtype;
 enum { LMKAN_FLOAT32 = 0, LMKAN_FLOAT16 = 1, LMKAN_BFLOAT16 = 2, LMKAN_INT8 = 3 };
 
@@ -88,7 +89,8 @@ LMKAN_API void lmkan_cpu_table_destroy(lmkan_cpu_table* table);
 LMKAN_API const char* lmkan_cpu_table_isa(const lmkan_cpu_table* table);
 
 /* Number of independent tasks that a lookup of `rows` rows is worth on `num_threads` threads: at
- * least 1. The result of a lookup does not depend on the number of tasks, bit for bit. */
+ * least 1. The result of a lookup does not depend on the number of tasks, bit for bit, but for the
+ * sign of NaN. */
 LMKAN_API int64_t lmkan_cpu_num_tasks(const lmkan_cpu_table* table, int64_t rows,
                                       int32_t num_threads);
 

@@ -23,6 +23,10 @@ cudaError_t LaunchShared(const Lookup& lookup, const SharedPlan& plan, int32_t s
 bool LaunchBulk(const Lookup& lookup, const SharedPlan& plan, int32_t shared_per_block,
                 cudaStream_t stream, cudaError_t* error);
 
+// Whether the code that the current device, number `device`, runs can do that. Where no code was
+// compiled for a device, it runs what was written for an older one, which may not.
+bool HasBulkCode(int device);
+
 // Whether the current device can run the kernels for a type of entries. This also loads them, so
 // that later launches need not.
 cudaError_t LoadGather(lmkan_dtype table_dtype);

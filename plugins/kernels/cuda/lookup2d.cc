@@ -153,7 +153,7 @@ cudaError_t GetDevice(Device* device) {
   if (error != cudaSuccess) return error;
   int major = 0;
   error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-  *device = {processors, shared, major >= 9};
+  *device = {processors, shared, major >= 9 && HasBulkCode(index)};
   return error;
 }
 

@@ -20,7 +20,7 @@ namespace lmkan::cuda {
 struct Device {
   int32_t num_processors;    // streaming multiprocessors
   int32_t shared_per_block;  // bytes of shared memory that a block may opt in to
-  bool copies_in_bulk;       // has the tensor memory accelerator
+  bool copies_in_bulk;       // has the tensor memory accelerator, and code for it
 };
 
 // What matters of a lookup.

@@ -3,6 +3,8 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "launch.h"
 
 // CUDA 12.5 brought the way to the driver's function that is used here.
@@ -192,6 +194,21 @@ Encode FindEncode() {
 
 }  // namespace
 
+bool HasBulkCode(int device) {
+  enum : int8_t { kUnknown, kNo, kYes };
+  static std::atomic<int8_t> known[64] = {};
+  std::atomic<int8_t>* const cached = device < 64 ? known + device : nullptr;
+  if (cached != nullptr && *cached != kUnknown) return *cached == kYes;
+  cudaFuncAttributes attributes = {};
+  if (cudaFuncGetAttributes(&attributes, Select(LMKAN_FLOAT32)) != cudaSuccess) {
+    cudaGetLastError();  // a launch will say it
+    return false;
+  }
+  const bool has_code = attributes.ptxVersion >= 90;
+  if (cached != nullptr) *cached = has_code ? kYes : kNo;
+  return has_code;
+}
+
 cudaError_t LoadBulk(lmkan_dtype table_dtype) {
   cudaFuncAttributes ignored;
   return cudaFuncGetAttributes(&ignored, Select(table_dtype));
@@ -234,6 +251,8 @@ bool LaunchBulk(const Lookup& lookup, const SharedPlan& plan, int32_t shared_per
 #else
 
 namespace lmkan::cuda {
+
+bool HasBulkCode(int) { return false; }
 
 cudaError_t LoadBulk(lmkan_dtype) { return cudaSuccess; }
 

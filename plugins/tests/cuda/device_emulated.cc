@@ -8,17 +8,20 @@ namespace lmkan::test {
 
 const char* WhyNoDevice() { return nullptr; }
 
-int NumDevices() { return 5; }
+int NumDevices() { return 6; }
 
 void UseDevice(int index) {
   emulation::device = {};
   // Few multiprocessors make large blocks, little shared memory a single stage, and few blocks
-  // take turns. The last two have the tensor memory accelerator, which copies late or early.
+  // take turns. The last ones have the tensor memory accelerator, which copies late or early, or
+  // which the code was not compiled for.
   emulation::device.num_processors = index == 0 ? 2 : 132;
   emulation::device.shared_per_block = index == 2 ? 99 << 10 : 227 << 10;
   if (index != 1) emulation::device.most_blocks = 3;
+  emulation::device.index = index;
   emulation::device.has_accelerator = index >= 3;
   emulation::device.copies_early = index == 4;
+  if (index == 5) emulation::device.code = 80;
 }
 
 void TestRealDevice(bool) {}

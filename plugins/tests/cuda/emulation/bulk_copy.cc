@@ -94,6 +94,7 @@ void Wait(uint64_t* barrier, uint32_t parity) {
 
 void CopyBox(const CUtensorMap* map, char* to, int32_t byte, int32_t cell, int32_t pair,
              uint64_t* barrier) {
+  if (emulation::device.code < 90) emulation::Stop("an instruction that the code does not have");
   if (reinterpret_cast<uintptr_t>(to) % 128 != 0) emulation::Stop("a misaligned box");
   emulation::Barrier& found = Find(barrier);
   static const char kZeros[256] = {};

@@ -110,7 +110,9 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-struct cudaFuncAttributes {};
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
 using cudaStream_t = void*;
 
 struct cudaLaunchConfig_t {
@@ -137,10 +139,12 @@ namespace emulation {
 
 // The device that the runtime pretends to have.
 struct Device {
+  int index = 0;
   cudaError_t error = cudaSuccess;  // of finding it
   cudaError_t launch_error = cudaSuccess;
   int num_processors = 8;
   int shared_per_block = 227 << 10;
+  int code = 90;  // of the loaded kernels: what compute capability they were written for
   bool has_accelerator = false;  // for copies of tensors to shared memory
   bool copies_early = false;     // when it does them: at once, or when a thread waits for them
   unsigned int most_blocks = INT32_MAX;  // of a launch, so that they must take turns
@@ -158,7 +162,8 @@ cudaError_t Run(const void* kernel, const cudaLaunchConfig_t& config,
 }  // namespace emulation
 
 template <class Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  attributes->ptxVersion = emulation::device.code;
   return emulation::device.launch_error;
 }
 

@@ -261,7 +261,7 @@ void __pipeline_wait_prior(size_t batches) {
 }
 
 cudaError_t cudaGetDevice(int* index) {
-  *index = 0;
+  *index = emulation::device.index;
   if (emulation::device.error != cudaSuccess) emulation::last_error = emulation::device.error;
   return emulation::device.error;
 }
