@@ -121,6 +121,45 @@ def test_shapes_are_inferred() -> None:
     assert session(model).get_outputs()[0].shape == ["batch", 4, 3]
 
 
+@pytest.mark.parametrize("x_type", FLOATS, ids=NAMES.get)
+@pytest.mark.parametrize(
+    "after",
+    [
+        [helper.make_node("Shape", ["y"], ["z"])],
+        [helper.make_node("Shape", ["y"], ["s"]), helper.make_node("Expand", ["one", "s"], ["z"])],
+        [  # ONNX Runtime joins such slices by the size of what they cut
+            helper.make_node("Slice", ["y", "zero", "one", "zero"], ["a"]),
+            helper.make_node("Slice", ["y", "one", "two", "zero"], ["b"]),
+            helper.make_node("Concat", ["a", "b"], ["z"], axis=0),
+        ],
+    ],
+    ids=["Shape", "Expand", "Slice"],
+)
+def test_free_axes_without_a_name(after: list[onnx.NodeProto], x_type: int) -> None:
+    """What a Reshape of rows leaves, in a file that does not name the sizes between its nodes."""
+    table = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
+    model = hand_made(table, x_type=x_type, x_shape=("n", 3, 4))
+    model.graph.node[0].input[0] = "rows"
+    model.graph.node.insert(0, helper.make_node("Reshape", ["x", "minus_1_4"], ["rows"]))
+    model.graph.node.extend(after)
+    constants = {"minus_1_4": [-1, 4], "zero": [0], "one": [1], "two": [2]}
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.array(values), name) for name, values in constants.items()
+    )
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    z_type = x_type if after[-1].op_type == "Concat" else TensorProto.INT64
+    model.graph.output.append(helper.make_tensor_value_info("z", z_type, None))
+    x = np.ones((5, 3, 4), FLOATS[x_type])
+    sessions = [session(model, custom_ops=custom_ops) for custom_ops in (True, False)]
+    if (
+        x_type == TensorProto.BFLOAT16
+    ):  # NumPy has none, so sessions don't run: that they are made is the test
+        return
+    for got, want in zip(*(made.run(["y", "z"], {"x": x}) for made in sessions), strict=True):
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3)
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     pairs=st.integers(1, 9),
@@ -258,7 +297,8 @@ def test_long_names_are_cut_between_characters(name: str) -> None:
 def test_bad_features_are_refused_at_run_time(shape: tuple) -> None:
     shared = session(hand_made(np.zeros((5, 8, 8, 4), np.float32)))
     with pytest.raises(
-        Exception, match=rf'"layer7": expected x \[..., 10\].*found \[{shape[0]}, {shape[1]}\]'
+        Exception,
+        match=rf'"layer7": expected x \[..., 10\].*found \[{shape[0]}, {shape[1]}\]; give x 10 features, or',
     ):
         shared.run(None, {"x": np.zeros(shape, np.float32)})
     assert shared.run(None, {"x": np.zeros((2, 10), np.float32)})[0].shape == (2, 4)  # it still works

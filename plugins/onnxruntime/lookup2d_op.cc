@@ -35,9 +35,19 @@ OrtStatus* GetKnownShape(const OrtApi* api, const OrtShapeInferContext* context,
   return api->GetSymbolicDimensions(info, shape->names, shape->rank);
 }
 
+// ONNX Runtime would take an unknown size without a name for the size -1, and compute with it.
+bool IsSayable(const KnownShape& shape) {
+  for (size_t i = 0; i < shape.rank; ++i) {
+    const bool has_name = shape.names[i] != nullptr && shape.names[i][0] != '\0';
+    if (shape.dims[i] < 0 && !has_name) return false;
+  }
+  return true;
+}
+
 // ONNX Runtime calls the first definition's function for all of them, so the type is x's, not op's.
-// y has x's dimensions, the last one replaced by the table's last. Nothing is said where a rank is
-// unknown (0 here); mistakes are reported by the computation, which knows the node's name.
+// y has x's dimensions, the last one replaced by the table's last. Nothing is said where a rank (0
+// here) or a size is unknown; mistakes are reported by the computation, which knows the node's
+// name.
 OrtStatus* ORT_API_CALL InferShape(const OrtCustomOp* op, OrtShapeInferContext* context) {
   const OrtApi* api = Self(op).runtime.api;
   KnownShape x, table;
@@ -47,6 +57,7 @@ OrtStatus* ORT_API_CALL InferShape(const OrtCustomOp* op, OrtShapeInferContext* 
 
   x.dims[x.rank - 1] = table.dims[3];
   x.names[x.rank - 1] = table.names[3];
+  if (!IsSayable(x)) return nullptr;
   OrtTensorTypeAndShapeInfo* info = nullptr;
   if (OrtStatus* error = api->CreateTensorTypeAndShapeInfo(&info)) return error;
   OrtStatus* error = api->SetTensorElementType(info, x.type);

@@ -30,8 +30,10 @@ struct Shape {
 OrtStatus* CheckRank(const Node& node, const char* name, size_t rank) {
   if (rank <= kMaxRank) return nullptr;
   char text[kMessageSize];
-  std::snprintf(text, sizeof text, "expected %s of rank %zu at most, found rank %zu", name,
-                kMaxRank, rank);
+  std::snprintf(
+      text, sizeof text,
+      "expected %s of rank %zu at most, found rank %zu; flatten leading axes before the layer",
+      name, kMaxRank, rank);
   return Error(node, text);
 }
 
@@ -82,9 +84,11 @@ OrtStatus* DescribeScale(const Node& node, const OrtValue* value, lmkan_table_de
   if (shape.rank != 2 || shape.dims[0] != desc->num_pairs || shape.dims[1] != desc->num_outputs) {
     char found[160], text[kMessageSize];
     shape.Format(found, sizeof found);
-    std::snprintf(
-        text, sizeof text, "expected scale [%lld, %lld], the table's pairs and outputs, found %s",
-        static_cast<long long>(desc->num_pairs), static_cast<long long>(desc->num_outputs), found);
+    std::snprintf(text, sizeof text,
+                  "expected scale [%lld, %lld], the table's pairs and outputs, found %s; export "
+                  "the model again",
+                  static_cast<long long>(desc->num_pairs),
+                  static_cast<long long>(desc->num_outputs), found);
     return Error(node, text);
   }
   const void* data = nullptr;
@@ -108,9 +112,12 @@ OrtStatus* CheckX(const Node& node, const Shape& x, const lmkan_table_desc& desc
   if (x.rank >= 1 && x.dims[x.rank - 1] == features) return nullptr;
   char found[160], text[kMessageSize];
   x.Format(found, sizeof found);
-  std::snprintf(text, sizeof text,
-                "expected x [..., %lld] because the table has %lld pairs of features, found %s",
-                static_cast<long long>(features), static_cast<long long>(desc.num_pairs), found);
+  std::snprintf(
+      text, sizeof text,
+      "expected x [..., %lld] because the table has %lld pairs of features, found %s; give x "
+      "%lld features, or export the model again",
+      static_cast<long long>(features), static_cast<long long>(desc.num_pairs), found,
+      static_cast<long long>(features));
   return Error(node, text);
 }
 
@@ -140,7 +147,7 @@ OrtStatus* DescribeTable(const Node& node, const OrtValue* value, const OrtValue
     shape.Format(found, sizeof found);
     std::snprintf(text, sizeof text,
                   "expected table [pairs, G+1, G+1, outputs] with equal grid axes, G >= 3 and at "
-                  "least 1 pair and 1 output, found %s",
+                  "least 1 pair and 1 output, found %s; export the model again",
                   found);
     return Error(node, text);
   }
