@@ -599,6 +599,24 @@ def test_operators_in_other_functions_keep_their_own() -> None:
     assert model.functions["other", "Twice", ""].opset_imports["lmkan"] == 1
 
 
+def test_transposes_that_sink_have_names_of_their_own() -> None:
+    body = "t = Transpose <perm = [1, 0]> (h)  a = Mul (t, column)  b = Mul (t, t)  y = Sin (a)  z = Sin (b)"
+    model = check_hand_made(hand_made(body, "float[6, n] y, float[6, n] z"))
+    names = [node.name for node in model.graph if node.op_type == "Transpose"]
+    assert len(names) == len(set(names)) == 2
+
+
+def test_constants_without_axes_keep_their_shape() -> None:
+    proto = hand_made("t = Transpose <perm = [1, 0]> (h)  a = Mul (half, t)  y = Sin (a)", "float[6, n] y")
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0.5, np.float32), "half"))
+    # Behind a layer whose table can't take it.
+    proto.graph.node.append(onnx.helper.make_node("Cos", ["h"], ["z"]))
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, ["n", 6]))
+    model = check_hand_made(proto)
+    shapes = [value.const_value.shape for value in model.graph.initializers.values()]
+    assert [] in shapes
+
+
 @pytest.mark.parametrize(
     "text",
     [

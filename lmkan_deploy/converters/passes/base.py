@@ -175,7 +175,7 @@ def add_constant(
         name=name,
         shape=ir.Shape(array.shape),
         type=ir.TensorType(dtype),
-        const_value=ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name),
+        const_value=ir.Tensor(np.asarray(array, order="C"), dtype=dtype, name=name),
     )
     graph.register_initializer(value)
     return value

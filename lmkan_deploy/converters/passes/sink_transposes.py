@@ -12,6 +12,7 @@ from lmkan_deploy.converters.passes.base import (
     add_constant,
     bypass,
     constant,
+    fresh_name,
     is_op,
     name_of,
 )
@@ -43,7 +44,10 @@ def sink_transposes(model: ir.Model) -> Outcome:
             inputs.reverse()
         moved = ir.node(node.op_type, inputs, name=node.name)  # none of these operators has attributes
         transpose = ir.node(
-            "Transpose", [moved.outputs[0]], attributes={"perm": [1, 0]}, name=f"{name_of(node)}.T"
+            "Transpose",
+            [moved.outputs[0]],
+            attributes={"perm": [1, 0]},
+            name=fresh_name(graph, f"{name_of(node)}.T"),
         )
         moved.outputs[0].type = transpose.outputs[0].type = output.type
         if output.shape is not None and len(output.shape) == 2:
