@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt lmkan_deploy/version.py $(NAT
 test: setup ## All tests of Python and C++.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
-demo: setup ## Trains, exports, verifies and serves a small network on real data.
+demo: setup ## Trains, exports, verifies and times a small network on real data.
 	$(BIN)/python examples/methane/demo.py
 
 bench: setup ## Timings, ratios and plots in build/bench/.

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
@@ -34,41 +33,51 @@ def methane(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def python_output(methane: Path) -> str:
-    command = [sys.executable, FOLDER / "run_model.py", lmkan_deploy.get_library_path(), methane]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def checkout(methane: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository after `make setup` and `make demo`, as far as the README's commands look at it."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name, target in {
+        ".venv": Path(sys.prefix),
+        "examples": ROOT / "examples",
+        "plugins": ROOT / "plugins",
+    }.items():
+        (folder / name).symlink_to(target)
+    (folder / "build/demo").mkdir(parents=True)
+    shutil.copy(methane, folder / "build/demo/model.onnx")
+    return folder
 
 
-def test_python_without_the_package(python_output: str) -> None:
+def test_the_commands_without_the_package(checkout: Path) -> None:
+    """Python and C++ print the same energy."""
     assert "import lmkan_deploy" not in (FOLDER / "run_model.py").read_text()
-    value, unit = python_output.split()
+    blocks = re.findall(r"^```sh\n(.*?)^```", (FOLDER / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    result = sh("".join(["set -e\n", *blocks]), checkout)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == second
+    value, unit = first.split()
     assert unit == "eV"
     assert np.isfinite(float(value))
-
-
-def test_cpp_without_the_package(methane: Path, python_output: str, tmp_path: Path) -> None:
-    headers = os.environ.get("ORT_INCLUDE_DIR") or subprocess.run(
-        [sys.executable, ROOT / "plugins/cmake/fetch_headers.py", "onnxruntime"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()  # fmt: skip
-    library = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
-    shutil.copy(library, tmp_path / "libonnxruntime.so.1")
-    subprocess.run(
-        ["g++", "-std=c++17", "-isystem", headers, FOLDER / "run_model.cc", "libonnxruntime.so.1",
-         "-Wl,-rpath,$ORIGIN", "-o", "run_model"],
-        cwd=tmp_path,
-        check=True,
-    )  # fmt: skip
-    command = [tmp_path / "run_model", lmkan_deploy.get_library_path(), methane]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout == python_output
-    wrong = subprocess.run(
-        [*command[:2], tmp_path / "none.onnx"], capture_output=True, text=True, check=False
-    )
+    wrong = sh(f"{blocks[0]} build/demo/run_model $LIBRARY none.onnx", checkout)
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("error: ")
+
+
+def sh(text: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["sh", "-c", text], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_headers_without_npm(tmp_path: Path) -> None:
+    environment = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, ROOT / "plugins/cmake/fetch_headers.py", "onnxruntime"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[1:] == [
+        "expected npm or ORT_INCLUDE_DIR, found neither; install npm, or set ORT_INCLUDE_DIR to a folder that "
+        "has onnxruntime_c_api.h"
+    ]
+    assert result.stdout == ""
 
 
 def test_demo() -> None:

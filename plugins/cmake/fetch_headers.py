@@ -10,6 +10,7 @@ Usage: fetch_headers.py onnxruntime|tensorrt
 import argparse
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -29,12 +30,16 @@ class HeaderPackage:
         command: Client call that downloads the archive into the current folder.
         sha256: Hash of the archive.
         folder: Folder of the headers inside the archive.
+        variable: Environment variable that names a folder of such headers instead.
+        header: One of them.
     """
 
     package: str
     command: tuple[str, ...]
     sha256: str
     folder: str
+    variable: str
+    header: str
 
 
 PACKAGES = {
@@ -43,6 +48,8 @@ PACKAGES = {
         command=("npm", "pack", "--silent", "com.github.asus4.onnxruntime@0.4.9"),
         sha256="e59788788818fdde1b2e522e766a21ba0f7d8391de55737abf81e32cc801785d",
         folder="package/Plugins/iOS~/onnxruntime.xcframework/ios-arm64/onnxruntime.framework/Headers",
+        variable="ORT_INCLUDE_DIR",
+        header="onnxruntime_c_api.h",
     ),
     "tensorrt": HeaderPackage(
         package="kernel-lens==2.0.1",
@@ -58,6 +65,8 @@ PACKAGES = {
         ),
         sha256="07cc714e8b5e7f34b672f7c7fad93febe7c747be5837ba276b1527370134ffe0",
         folder="kernel_lens/include/tensorrt",
+        variable="TENSORRT_INCLUDE_DIR",
+        header="NvInferRuntime.h",
     ),
 }
 
@@ -95,12 +104,29 @@ def extract_headers(archive: Path, folder: str, target: Path) -> int:
     return count
 
 
+def download(package: HeaderPackage, folder: Path) -> None:
+    """Downloads a package into a folder; without its client, says what to do instead."""
+    program = package.command[0]
+    fix = f"or set {package.variable} to a folder that has {package.header}"
+    try:
+        subprocess.run(package.command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise SystemExit(
+            f"expected {program} or {package.variable}, found neither; install {program}, {fix}"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(
+            f"expected a download by {shlex.join(package.command)}, found exit code {error.returncode}; "
+            f"run it to see why, {fix}"
+        ) from None
+
+
 def fetch(package: HeaderPackage, target: Path) -> None:
     """Downloads a package and puts its headers into a new folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         print(f"downloading {package.package} for its headers", file=sys.stderr)
-        subprocess.run(package.command, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
+        download(package, Path(scratch))
         archives = list(Path(scratch).iterdir())
         if len(archives) != 1:
             raise SystemExit(f"expected one archive from {package.command}, found {archives}")
