@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -26,21 +27,24 @@ def test_commands_and_programs(tmp_path: Path) -> None:
 
 
 def run_commands_and_programs(tmp_path: Path, stack: contextlib.ExitStack) -> None:
-    x = np.random.default_rng(0).standard_normal((200, 16), dtype=np.float32)
-    np.save(tmp_path / "x.npy", x)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    program, commands = "", 0
+    # A reader's shell, after `make demo`: what is not in the README is not there.
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    own = str(Path(sys.executable).parent)
+    path = [folder for folder in os.environ["PATH"].split(os.pathsep) if folder != own]
+    environment = {**os.environ, "PATH": os.pathsep.join(path)}
+    run = functools.partial(subprocess.run, cwd=tmp_path, env=environment, check=True)
+    program, commands, activation = "", 0, ""
     server: Served | None = None
     for language, text in BLOCKS:
         if language == "python":
             program += text  # later ones use the names of earlier ones
-            command: list[str] = [sys.executable, "-c", program]
-            subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+            (tmp_path / "program.py").write_text(program)
+            run(["sh", "-c", f"{activation}python program.py"])
             continue
         if "curl" in text:
             assert server is not None
             text = text.replace("http://localhost:8000", server.url)
-            answer = subprocess.run(["sh", "-c", text], cwd=tmp_path, capture_output=True, check=True).stdout
+            answer = run(["sh", "-c", text], capture_output=True).stdout
             assert json.loads(answer)["outputs"][0]["shape"] == [1, 1]
             continue
         for line in text.splitlines():
@@ -48,16 +52,20 @@ def run_commands_and_programs(tmp_path: Path, stack: contextlib.ExitStack) -> No
                 target = line.split()[1]
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
                 continue
+            if line.startswith(". "):
+                activation = f"{line.split('#')[0].strip()} && "
+                continue
             if line.startswith("pip install"):
                 assert set(re.findall(r"\w+", line.split("[")[1])) <= set(EXTRAS), line
+                assert "-c constraints.txt" in line
                 continue
             if line.startswith("lmkan-deploy serve"):
                 server = stack.enter_context(Served(tmp_path / line.split()[2]))
                 continue
-            subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, check=True)
+            run(["sh", "-c", activation + line])
             commands += 1
     assert commands >= 4
-    assert np.load(tmp_path / "y.npy").shape == (200, 1)
+    assert np.load(tmp_path / "y.npy").shape == (1000, 1)
 
 
 def test_files_it_names_exist() -> None:
