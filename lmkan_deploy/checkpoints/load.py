@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lmkan_deploy import upstream
-from lmkan_deploy.checkpoints.architecture import Architecture
+from lmkan_deploy.checkpoints.architecture import Architecture, ended
 from lmkan_deploy.checkpoints.exported_program import is_exported_program, load_exported_program
 from lmkan_deploy.checkpoints.state_dict import build_stack, fill, unwrap
 from lmkan_deploy.errors import CheckpointError
@@ -145,6 +145,8 @@ def _load_pickle(path: Path, architecture: Architecture) -> Any:
                 else "pass the folder of the code that saved it with --arch-path"
             )
             raise CheckpointError(f"could not unpickle {path}: {error}; {hint}") from error
+        except SystemExit as error:
+            raise ended(f"the code that {path} refers to", error) from error
         except Exception as error:  # the pickle's own code may raise anything
             raise _unreadable(path, error) from error
 
