@@ -149,6 +149,8 @@ C = torch.linspace(0.5, 2, 6)
         lambda y: 0.3 * y + 1,
         lambda y: y * C,
         lambda y: C - y,
+        lambda y: -y,
+        lambda y: -(y * C).reshape(-1, 2, 3).reshape(-1, 6),
         lambda y: (y - C) / C,
         lambda y: y * C[None] + C,
         lambda y: y.reshape(-1, 2, 3).reshape(-1, 6) * C,
@@ -668,6 +670,13 @@ def test_layers_without_a_valid_table_are_left_to_the_runtime() -> None:
     [
         ("z = Add(x, x)  p = MatMul(z, w)  y = Add(h, p)", "n", "fold-linear-branch", "other features"),
         ("y = Mul(h, column)", "n, 6", "fold-scale-shift", "does not go along the outputs"),
+        ("y = Add(square, h)", "n, 6", "fold-scale-shift", "LMKAN2D: Add stays: its constant does not go"),
+        (
+            "m = Neg(h)  y = Add(m, h)",
+            "n",
+            "fold-scale-shift",
+            "Neg stays: the layer's output is used elsewhere",
+        ),
         ("r = Reshape(h, flat)  y = Reshape(r, wide)", "n, k", "simplify-layout", "several free axes"),
     ],
 )
@@ -675,6 +684,7 @@ def test_reasons_are_given(body: str, shape: str, name: str, reason: str) -> Non
     proto = hand_made(body, f"float[{shape}, 6] y", inputs=f"float[{shape}, 4] x")
     for value, numbers in (("flat", [-1, 6]), ("wide", [1, -1, 6])):
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(numbers), value))
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((6, 6), np.float32), "square"))
     model = ir.serde.deserialize_model(proto)
     optimize(model)
     assert reason in " ".join(noted_outcomes(model.metadata_props)[1][name])

@@ -2,7 +2,7 @@
 
 The four corner weights always sum to 1, in the tails too, so a constant c added to an output is c/P in every
 table entry of each of the P pairs, and a factor is a factor of every entry. This covers BatchNorm in
-inference, γ, and biases; reshapes and transposes may stand between, as after a convolution.
+inference, γ, biases, and signs; reshapes and transposes may stand between, as after a convolution.
 
 Far beyond the grid a shift is not exact in float32: rounding leaves the sum of the weights off by about 1e-7
 |d1 d2|, and c by as much of itself. The layer has errors of that size anyway; measured with rows of up to
@@ -58,6 +58,7 @@ def fold_scale_shift(model: ir.Model) -> Outcome:
     for node in list(model.graph):
         affine = _affine(node)
         if affine is None:
+            outcome.refused += _why_no_affine(node)
             continue
         found = _find_lookup(affine.data, affine.axis)
         if found is None:
@@ -84,6 +85,19 @@ def fold_scale_shift(model: ir.Model) -> Outcome:
         bypass(node, affine.data)
         outcome.applied.append(f"{name_of(lookup)}: {node.op_type}")
     return outcome
+
+
+def _why_no_affine(node: ir.Node) -> list[str]:
+    """Of arithmetic with a constant behind a lookup layer: what its constant is like."""
+    if not is_op(node, "Mul", "Add", "Sub", "Div") or len(node.inputs) != 2:
+        return []
+    for data, other in (tuple(node.inputs), tuple(reversed(node.inputs))):
+        found = None if data is None or constant(other) is None else _find_lookup(data, None)
+        if found is not None and (node.op_type != "Div" or data is node.inputs[0]):
+            return [
+                f"{name_of(found[0])}: {node.op_type} stays: its constant does not go along the outputs alone"
+            ]
+    return []
 
 
 def _why_it_stays(node: ir.Node, affine: Affine) -> list[str]:
@@ -129,6 +143,8 @@ def _scaled(
 def _affine(node: ir.Node) -> Affine | None:
     if is_op(node, "BatchNormalization"):
         return _batch_norm(node)
+    if is_op(node, "Neg") and node.inputs[0] is not None:
+        return Affine(node.inputs[0], -np.ones(1), np.zeros(1), None)
     if not is_op(node, "Mul", "Add", "Sub", "Div") or len(node.inputs) != 2:
         return None
     left, right = node.inputs
