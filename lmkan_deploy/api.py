@@ -20,6 +20,7 @@ from lmkan_deploy.runtime.tensors import Arrays, TensorSpec
 from lmkan_deploy.spec import DOMAIN, TableDtype
 from lmkan_deploy.staging import output_file
 from lmkan_deploy.verification import (
+    RANDOM_CASE,
     TableCosts,
     Verification,
     check_tolerance,
@@ -152,7 +153,7 @@ def export(
     if inputs is not None:
         cases["given inputs"] = _feeds(inputs, [spec.name for spec in specs])
 
-    def verified(file: Path, allowed: float | None) -> Verification:
+    def verified(file: Path, cases: Mapping[str, Arrays], allowed: float | None) -> Verification:
         runners = [load_runner(file), load_runner(file, "onnxruntime-function")]
         result = verify_runners(reference, runners, cases, rtol=allowed, progress=progress)
         require_passed(result, "the exported model differs from PyTorch")
@@ -162,7 +163,7 @@ def export(
     if check and narrow:
         progress(Step("verifying with float32 tables"))
         with temporary_model(model, path, external_data=external_data) as file:
-            verified(file, rtol)
+            verified(file, cases, rtol)
     given = None if calibration is None else _feeds(calibration, [spec.name for spec in specs])
     outcome, costs = choose_tables(model, table_dtype, given, max_error, cases if check else None, progress)
     notes = [*loaded.notes, *(f"the axis {name} takes {sizes}" for name, sizes in limits.items())]
@@ -173,7 +174,7 @@ def export(
         if check and narrow:
             require_agreement(staged, cases, rtol, progress)
         if check:
-            verification = verified(staged, allowed_error(rtol, narrow))
+            verification = verified(staged, _telling(cases, given), allowed_error(rtol, narrow))
     return ExportResult(path, loaded.kind, notes, verification, costs, inspect_model(path))
 
 
@@ -268,7 +269,8 @@ def optimize(
                 allowed = own_tolerance(model)
             if any(domain == DOMAIN for domain, _, _ in graph.functions):
                 runners.append(load_runner(staged, "onnxruntime-function"))
-            verification = verify_runners(reference, runners, cases, rtol=allowed, progress=progress)
+            telling = _telling(cases, given)
+            verification = verify_runners(reference, runners, telling, rtol=allowed, progress=progress)
             require_passed(verification, "the optimized model differs from the original")
     return OptimizeResult(path, outcomes, before, len(graph.graph), verification, costs)
 
@@ -495,6 +497,14 @@ def _layer_costs(
     if [table_dtype_of(n) for n in all_lookups(narrowed)] == [table_dtype_of(n) for n in all_lookups(wide)]:
         return None
     return Calibration(wide, cases).costs_of(narrowed, progress)
+
+
+def _telling(cases: Mapping[str, Arrays], calibration: Arrays | None) -> Mapping[str, Arrays]:
+    """Inputs that tell what narrow tables cost: real ones where there are any."""
+    if calibration is None:
+        return cases
+    given = {name: feeds for name, feeds in cases.items() if not name.startswith(RANDOM_CASE)}
+    return {"calibration": dict(calibration), **given}
 
 
 def _check_table_options(

@@ -14,6 +14,7 @@ from lmkan_deploy.converters.model_file import initializer_bytes, load_model
 from lmkan_deploy.converters.onnx_function import is_lookup, is_quantized_lookup
 from lmkan_deploy.converters.passes import PASSES, noted_outcomes
 from lmkan_deploy.converters.passes.base import dtype_name, name_of
+from lmkan_deploy.errors import ModelError
 from lmkan_deploy.spec import DOMAIN
 
 
@@ -90,7 +91,7 @@ def inspect_model(path: str | Path) -> ModelInfo:
     """Reads a model's structure; weights are not read.
 
     Raises:
-        ModelError: The file is not an ONNX model.
+        ModelError: The file is not an ONNX model, or a table contradicts its node.
     """
     path = Path(path)
     model = load_model(path)
@@ -98,7 +99,7 @@ def inspect_model(path: str | Path) -> ModelInfo:
     layers = [node for node in nodes if _is_layer(node)]
     files = [path, Path(f"{path}.data")]
     owners: dict[int, str] = {}
-    described = [layer for node in layers if (layer := _layer(node, owners)) is not None]
+    described = {node: layer for node in layers if (layer := _layer(node, owners)) is not None}
     applied, refused = noted_outcomes(model.metadata_props)
     return ModelInfo(
         path=str(path),
@@ -108,8 +109,8 @@ def inspect_model(path: str | Path) -> ModelInfo:
         opsets={domain or "ai.onnx": version for domain, version in model.opset_imports.items()},
         ir_version=model.ir_version,
         has_function=all((DOMAIN, node.op_type, "") in model.functions for node in layers),
-        layers=described,
-        other_nodes=dict(Counter(node.op_type for node in nodes if not _is_layer(node)).most_common()),
+        layers=list(described.values()),
+        other_nodes=dict(Counter(node.op_type for node in nodes if node not in described).most_common()),
         weight_bytes=initializer_bytes(model),
         metadata=dict(model.metadata_props),
         passes_applied=applied,
@@ -125,9 +126,11 @@ def _is_layer(node: ir.Node) -> bool:
 def _layer(node: ir.Node, owners: dict[int, str]) -> LookupLayer | None:
     """What a node is; `owners` gets the first node of each table and of each weight that scales are made of."""
     table = node.inputs[1] if len(node.inputs) > 1 else None
-    if table is None or table.shape is None or not all(isinstance(size, int) for size in table.shape):
+    sizes_found = None if table is None else _table_sizes(table)
+    if table is None or sizes_found is None:
         return None
-    num_pairs, points, _, num_outputs = (int(size) for size in table.shape)  # type: ignore[arg-type]
+    _check_sizes(node, sizes_found)
+    num_pairs, points, _, num_outputs = sizes_found
     dtype = table.dtype or ir.DataType.FLOAT
     parameters = num_pairs * points * points * num_outputs
     owner = owners.get(id(table))
@@ -147,6 +150,30 @@ def _layer(node: ir.Node, owners: dict[int, str]) -> LookupLayer | None:
         multiply_adds=4 * num_pairs * num_outputs,
         table_of=owner,
     )
+
+
+def _table_sizes(table: ir.Value) -> list[int] | None:
+    """A table's shape, a weight's own rather than what the graph says of it; None where it is not known."""
+    shape = table.shape if table.const_value is None else table.const_value.shape
+    if shape is None or not all(isinstance(size, int) for size in shape):
+        return None
+    return [int(size) for size in shape]  # type: ignore[arg-type]
+
+
+def _check_sizes(node: ir.Node, table: list[int]) -> None:
+    name = f"{node.op_type} node {name_of(node)}"
+    if len(table) != 4 or table[1] != table[2] or table[1] < 4 or 0 in table:
+        raise ModelError(
+            f"expected a table [pairs, G+1, G+1, outputs] with G of at least 3 for {name}, found {table}; "
+            "export the model again"
+        )
+    x = node.inputs[0]
+    features = x.shape[-1] if x is not None and x.shape is not None and len(x.shape) > 0 else None
+    if isinstance(features, int) and features != 2 * table[0]:
+        raise ModelError(
+            f"expected {2 * table[0]} features for the table {table} of {name}, found {features}; export the "
+            "model again"
+        )
 
 
 def _describe(value: ir.Value) -> str:

@@ -26,6 +26,12 @@ RANDOM_RTOL = 1e-3
 tables are extrapolated there, and the rounding of each layer grows with their slopes.
 """
 
+ANY_FINITE_ERROR = float(np.finfo(np.float64).max)
+"""Allowed relative error where errors are to be reported and not judged."""
+
+DISCRETE_RTOL = 0.01
+"""Allowed share of integers or booleans that differ."""
+
 RANDOM_CASE = "random"
 """First word of the names of random cases."""
 
@@ -39,6 +45,9 @@ class Comparison:
 
     An element passes when |actual - expected| <= rtol * (|expected| + rms), where rms is the root mean
     square of the expected output: small elements of a large output need not be accurate to their own size.
+    Of integers and booleans, which are labels, indices or masks, the share that differs is the relative error, and one
+    element of a case may: a network's rounding decides near ties.
+
     The random cases share one rms, since a case of few rows may hold nothing but small values; other cases
     have their own.
 
@@ -47,6 +56,8 @@ class Comparison:
         case: Which inputs.
         output: Name of the output.
         elements: Number compared.
+        finite: Number of them that are finite in the reference.
+        is_discrete: Whether they are integers or booleans.
         max_abs: Largest absolute error.
         max_rel: Largest error relative to |expected| + rms.
         p50_abs: Median absolute error.
@@ -63,6 +74,8 @@ class Comparison:
     case: str
     output: str
     elements: int = 0
+    finite: int = 0
+    is_discrete: bool = False
     max_abs: float = 0.0
     max_rel: float = 0.0
     p50_abs: float = 0.0
@@ -232,7 +245,17 @@ def verify_runners(
                 base = Comparison(runner.name, case, output)
                 comparisons.append(_compare(base, want, actual, scales[_pool(case), output], rtol))
     name = "stored outputs" if isinstance(reference, Mapping) else reference.name
-    return Verification(name, comparisons)
+    return Verification(name, _require_finite(comparisons))
+
+
+def _require_finite(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Gives outputs of which no case has a finite element a problem: nothing of them was compared."""
+    seen = {(c.runner, c.output) for c in comparisons if c.finite > 0 or c.elements == 0}
+    problem = "expected finite outputs to compare, found none; pass --inputs with real ones"
+    return [
+        c if c.problem is not None or (c.runner, c.output) in seen else replace(c, problem=problem)
+        for c in comparisons
+    ]
 
 
 def _expected(
@@ -274,11 +297,31 @@ def _compare(
     got = actual[base.output]
     if want.shape != got.shape:
         return replace(base, problem=f"expected shape {list(want.shape)}, found {list(got.shape)}")
+    if _is_discrete(want) and _is_discrete(got):
+        return _count_differences(replace(base, rtol=DISCRETE_RTOL if rtol is None else rtol), want, got)
     if rtol is None:
         rtol = max(DEFAULT_RTOL.get(array.dtype.name, 0.0) for array in (want, got))
         if rtol > 0.0 and _pool(base.case) == RANDOM_CASE:
             rtol = max(rtol, RANDOM_RTOL)
     return _statistics(replace(base, rtol=rtol), want, got, rms)
+
+
+def _is_discrete(array: NDArray[Any]) -> bool:
+    return array.dtype.kind in "iub"
+
+
+def _count_differences(base: Comparison, want: NDArray[Any], got: NDArray[Any]) -> Comparison:
+    base = replace(base, elements=want.size, finite=want.size, is_discrete=True)
+    differs = np.argwhere(want != got)
+    if len(differs) == 0:
+        return base
+    share = len(differs) / want.size
+    largest = float(np.abs(got.astype(np.float64) - want.astype(np.float64)).max())
+    first = tuple(int(i) for i in differs[0]) if len(differs) > 1 and share > base.rtol else None
+    values = None if first is None else (float(want[first]), float(got[first]))
+    return replace(
+        base, max_abs=largest, max_rel=share, p99_rel=share, first_bad=first, first_bad_values=values
+    )
 
 
 def _statistics(base: Comparison, want: NDArray[Any], got: NDArray[Any], rms: float) -> Comparison:
@@ -300,6 +343,7 @@ def _statistics(base: Comparison, want: NDArray[Any], got: NDArray[Any], rms: fl
     return replace(
         base,
         elements=want.size,
+        finite=int(finite.sum()),
         max_abs=float(error.max()),
         max_rel=float(relative.max()),
         p50_abs=float(p50_abs),

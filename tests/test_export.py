@@ -765,3 +765,71 @@ def test_unknown_types_of_inputs(text: str, stack: ExportedStack, tmp_path: Path
     found = text.split(":")[-1]
     with pytest.raises(CheckpointError, match=f"expected an element type of float32, .*, found '{found}' in"):
         lmkan_deploy.export(stack.checkpoint, tmp_path / "m.onnx", input_shapes=[text])
+
+
+class InPlace(torch.nn.Module):
+    """Changes what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = LMKAN2DLayer(6, 8, 4)
+        self.register_buffer("mean", torch.full((8,), 0.3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x -= self.mean
+        return self.layer(torch.relu_(x))
+
+
+def test_networks_that_change_their_inputs(tmp_path: Path) -> None:
+    network = InPlace().eval()
+    torch.nn.init.normal_(network.layer.func_parameter)
+    path = export_module(network, tmp_path / "m.onnx", "batch,8")
+    x = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
+    kept = x.copy()
+    runner = TorchRunner(network, input_specs(network, [parse_input_shape("batch,8")]), ["y"])
+    want = runner.run({"x": x})["y"]
+    np.testing.assert_array_equal(x, kept)
+    np.testing.assert_array_equal(runner.run({"x": x})["y"], want)
+    np.testing.assert_allclose(load_runner(path).run({"x": x})["y"], want, rtol=1e-4, atol=1e-5)
+
+
+class Logarithms(torch.nn.Module):
+    """Random inputs are mostly out of its domain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = LMKAN2DLayer(6, 8, 4)
+        torch.nn.init.normal_(self.layer.func_parameter)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.log(x))
+
+
+def test_nothing_is_verified_where_no_output_is_finite(tmp_path: Path) -> None:
+    x = torch.rand(9, 8) + 0.5
+    program = torch.export.export(Logarithms().eval(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, tmp_path / "m.pt2")
+    with pytest.raises(
+        VerificationError, match="expected finite outputs to compare, found none; pass --inputs"
+    ):
+        lmkan_deploy.export(tmp_path / "m.pt2")
+    assert list(tmp_path.glob("*.onnx")) == []
+    assert lmkan_deploy.export(tmp_path / "m.pt2", inputs={"x": x.numpy()}).verification.passed
+
+
+class Classifier(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = LMKAN2DLayer(6, 8, 4)
+        torch.nn.init.normal_(self.layer.func_parameter)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.layer(x)
+        return {"logits": y, "label": y.argmax(-1), "mask": y > 0}
+
+
+def test_narrow_tables_of_networks_that_return_labels(tmp_path: Path) -> None:
+    path = export_module(Classifier().eval(), tmp_path / "m.onnx", "batch,8")
+    result = lmkan_deploy.optimize(path, tmp_path / "narrow.onnx", table_dtype="int8")
+    assert result.verification.passed
+    assert result.tables.together < 0.1  # of the logits

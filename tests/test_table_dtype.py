@@ -224,6 +224,33 @@ def test_the_tolerance_counts_in_every_comparison(
         (tmp_path / "m.onnx").unlink()
 
 
+def test_what_narrow_tables_cost_is_limited_by_the_user_alone(tmp_path: Path) -> None:
+    """Large entries of two pairs cancel, and bfloat16 rounds them by more than what is left."""
+    torch.manual_seed(0)
+    layer = LMKAN2DLayer(6, 4, 8)
+    with torch.no_grad():
+        layer.func_parameter.normal_().add_(torch.tensor([1000.0, -1000.0]))
+    torch.save(torch.nn.Sequential(layer).state_dict(), tmp_path / "m.pt")
+    path = lmkan_deploy.export(tmp_path / "m.pt", check=False).path
+    result = lmkan_deploy.optimize(path, tmp_path / "narrow.onnx", table_dtype="bfloat16")
+    assert result.verification.passed
+    worst = max(comparison.max_rel for comparison in result.verification.comparisons)
+    assert worst > 1
+    assert result.tables.together == pytest.approx(worst, rel=0.1)
+    with pytest.raises(VerificationError, match="allowed 1e.00"):
+        lmkan_deploy.optimize(path, tmp_path / "narrow.onnx", table_dtype="bfloat16", rtol=1.0)
+
+
+def test_real_inputs_tell_what_narrow_tables_cost(stack: ExportedStack, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((9, 10)).astype(np.float32)
+    for result in (
+        lmkan_deploy.export(stack.checkpoint, tmp_path / "a.onnx", table_dtype="int8", calibration={"x": x}),
+        lmkan_deploy.optimize(stack.onnx, tmp_path / "b.onnx", table_dtype="int8", calibration={"x": x}),
+    ):
+        assert {comparison.case for comparison in result.verification.comparisons} == {"calibration"}
+        assert result.verification.comparisons[0].max_rel == pytest.approx(result.tables.together, rel=0.01)
+
+
 def test_optimizing_a_file(stack: ExportedStack, tmp_path: Path) -> None:
     result = lmkan_deploy.optimize(stack.onnx, tmp_path / "half.onnx", table_dtype="float16")
     assert result.outcomes["table-dtype"].applied == ["0: float16", "2: float16"]

@@ -95,6 +95,40 @@ def test_values_that_are_not_finite() -> None:
         assert not compare(y, bad).passed
 
 
+def test_outputs_without_a_finite_element_are_failures() -> None:
+    bad = np.full((2, 2), np.nan, np.float32)
+    (comparison,) = compare(bad, bad.copy()).comparisons
+    assert not comparison.passed
+    assert "expected finite outputs to compare, found none; pass --inputs" in str(comparison.problem)
+    # Another case with finite elements is enough.
+    good = np.ones((2, 2), np.float32)
+    feeds = {"x": np.zeros((1, 2), np.float32)}
+
+    class ByCase(Fixed):
+        def run(self, feeds: Arrays) -> Arrays:
+            return {"y": bad if feeds["x"][0, 0] == 0 else good}
+
+    cases = {"a": feeds, "b": {"x": np.ones((1, 2), np.float32)}}
+    assert verify_runners({"a": {"y": bad}, "b": {"y": good}}, [ByCase({})], cases).passed
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.bool_])
+def test_labels_are_judged_by_how_many_differ(dtype: type) -> None:
+    want = np.zeros(300, dtype)
+    got = want.copy()
+    assert compare(want, got).comparisons[0].max_rel == 0
+    got[7] = 1
+    assert compare(want, got).passed  # a near tie
+    assert compare(want, got).comparisons[0].max_rel == pytest.approx(1 / 300)
+    got[8:11] = 1
+    failed = compare(want, got).comparisons[0]
+    assert not failed.passed
+    assert failed.first_bad == (7,)
+    assert failed.max_rel == pytest.approx(4 / 300)
+    assert compare(want, got, rtol=0.02).passed
+    assert compare(want[:1], got[7:8]).passed
+
+
 def test_problems_are_failures() -> None:
     y = np.ones((2, 3))
     assert "found [3, 2]" in str(compare(y, y.T).comparisons[0].problem)

@@ -56,9 +56,9 @@ def _call_twice(
     """Raises ExportError with this advice where the calls differ, or what they return is no tensor."""
     try:
         with torch.no_grad():
-            first = module(*args, **kwargs)
+            first = _call(module, args, kwargs)
             state = {name: buffer.clone() for name, buffer in module.named_buffers()}
-            second = module(*args, **kwargs)
+            second = _call(module, args, kwargs)
     except Exception as error:  # the user's network may raise anything
         raise _CallError(describe(error)) from error
     leaves = _pytree.tree_leaves(first)
@@ -76,6 +76,12 @@ def _call_twice(
             f"it is random or counts its calls; {against_chance}call dropout with training=self.training, and "
             "pass random numbers as an input"
         )
+
+
+def _call(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """On copies of the tensors, since networks may change their inputs."""
+    own_args, own_kwargs = _pytree.tree_map_only(Tensor, Tensor.clone, (tuple(args), kwargs))
+    return module(*own_args, **own_kwargs)
 
 
 def check_outputs(leaves: Sequence[Any]) -> None:

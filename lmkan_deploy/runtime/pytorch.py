@@ -51,10 +51,10 @@ class TorchRunner:
 
 
 def _to_tensor(array: NDArray[Any]) -> Tensor:
-    array = np.ascontiguousarray(array)
+    array = np.array(array, order="C")  # a copy: networks may change their inputs
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    return torch.from_numpy(array)
 
 
 def _to_array(tensor: Tensor) -> NDArray[Any]:
