@@ -58,6 +58,96 @@ def test_stand_in_exists_inside_the_block_alone() -> None:
         import lmKAN  # noqa: F401
 
 
+def test_new_stand_ins_are_contiguous_and_loaded_ones_in_the_operators_order(tmp_path: Path) -> None:
+    layer = upstream.LMKAN2DLayer(5, 6, 3)
+    assert layer.func_parameter.is_contiguous()
+    torch.save({f"layer.{key}": value for key, value in layer.state_dict().items()}, tmp_path / "model.pt")
+    (tmp_path / "wrapped_layer.py").write_text(
+        "import torch\nfrom lmKAN import LMKAN2DLayer\n"
+        "def build():\n    net = torch.nn.Module()\n    net.layer = LMKAN2DLayer(5, 6, 3)\n    return net\n"
+    )
+    architecture = Architecture("wrapped_layer:build", tmp_path)
+    loaded = lmkan_deploy.load_checkpoint(tmp_path / "model.pt", architecture).module.layer
+    assert loaded.table.is_contiguous()
+    x = torch.randn(6, 4)
+    torch.testing.assert_close(loaded(x), layer(x), rtol=0, atol=0)
+
+
+PRUNED = """
+import torch
+from torch.nn.utils import prune
+from lmKAN import LMKAN2DLayer, lmKAN_2d_op
+
+class Pruned(torch.nn.Module):
+    def __init__(self, for_good):
+        super().__init__()
+        self.layer = LMKAN2DLayer(4, 4, 2)
+        prune.l1_unstructured(self.layer, "func_parameter", 0.3)
+        if for_good:
+            prune.remove(self.layer, "func_parameter")
+
+    def forward(self, x):
+        return self.layer(x.T).T
+
+class Operator(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(5, 5, 2, 2))
+
+    def forward(self, x):
+        return lmKAN_2d_op(self.table, x.T, 1024, 512, 8, 8, True, True, False).T
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("Pruned", [False]), ("Pruned", [True]), ("Operator", [])], ids=str
+)
+def test_pruned_layers_and_the_bare_operator_are_exported(name: str, arguments: list, tmp_path: Path) -> None:
+    (tmp_path / "pruned_network.py").write_text(PRUNED)
+    architecture = Architecture(f"pruned_network:{name}", tmp_path, arguments)
+    module = architecture.build().eval()
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    result = lmkan_deploy.export(
+        tmp_path / "model.pt", tmp_path / "m.onnx", architecture=architecture, input_shapes=["batch,4"]
+    )
+    assert len(result.info.layers) == 1
+    x = torch.randn(7, 4)
+    (y,) = lmkan_deploy.load_runner(tmp_path / "m.onnx").run({"x": x.numpy()}).values()
+    torch.testing.assert_close(torch.from_numpy(y), module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_bare_operator_is_the_layers() -> None:
+    layer, x = upstream.LMKAN2DLayer(5, 6, 3), torch.randn(6, 4)
+    with upstream.stand_in():
+        from lmKAN import lmKAN_2d_op
+        from lmKAN.custom_op import lmKAN_2d_op as same
+
+    assert same is lmKAN_2d_op
+    tiles = {"block_size_forward": 1024, "block_size_backward": 512, "tile_size_forward": 8}
+    tiles |= {"tile_size_backward": 8, "backward_fast_mode": False}
+    y = lmKAN_2d_op(layer.func_parameter, x, cdf_grid=True, batch_last=True, **tiles)
+    torch.testing.assert_close(y, layer(x), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="call it as LMKAN2DLayer does"):
+        lmKAN_2d_op(layer.func_parameter, x, cdf_grid=True, batch_last=False, **tiles)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("from lmKAN import LMKAN3DLayer", "the stand-in .* has .* alone: leave out that import, or install"),
+        ("from lmKAN.plots import show", "the stand-in .* has .* alone: leave out that import, or install"),
+        ("import no_such_package", "install 'no_such_package', or pass the folder that has both"),
+        ("1 / 0", "ZeroDivisionError: division by zero; correct that code"),
+        ("def Net():\n    raise ValueError('odd')", "ValueError: odd; correct that code$"),
+        ("def Net(width):\n    pass", "'width'; pass its arguments with --arch-args"),
+    ],
+)
+def test_code_that_fails_names_what_to_do(code: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "failing_code.py").write_text(code)
+    with pytest.raises(lmkan_deploy.LmkanError, match=message):
+        Architecture("failing_code:Net", tmp_path).build()
+
+
 def test_the_real_package_wins(real_package: None) -> None:
     assert upstream.is_installed()
     with upstream.stand_in():
