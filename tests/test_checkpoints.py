@@ -203,6 +203,33 @@ def test_ambiguous_checkpoints_are_refused(user_model: UserModel, tmp_path: Path
     lmkan_deploy.load_checkpoint(tmp_path / "model.pt", user_model.architecture)
 
 
+def test_the_end_of_a_path_chooses(user_model: UserModel, tmp_path: Path) -> None:
+    state = torch.load(user_model.state_dict, weights_only=True)
+    other = {name: value + 1 for name, value in state.items()}
+    lightning = {f"model.{n}": v for n, v in other.items()} | {f"ema_model.{n}": v for n, v in state.items()}
+    wrapped = {f"module.{name}": value for name, value in lightning.items()}
+    load = functools.partial(lmkan_deploy.load_checkpoint, architecture=user_model.architecture)
+    for content, keys in (
+        ({"state_dict": lightning, "epoch": 3}, ("ema_model", "ema_model.", "state_dict.ema_model")),
+        ({"state_dict": wrapped}, ("ema_model", "state_dict.ema_model", "module.ema_model")),
+        (
+            {"run": {"state_dict": lightning}},
+            ("ema_model", "state_dict.ema_model", "run.state_dict.ema_model"),
+        ),
+        ({"nets": {"a": other, "b": state}}, ("b",)),
+    ):
+        torch.save(content, tmp_path / "model.pt")
+        for key in keys:
+            assert_close(outputs(load(tmp_path / "model.pt", key=key), user_model.x), user_model.y)
+        with pytest.raises(CheckpointError, match="expected a network under --key nothing .*; pass one of"):
+            load(tmp_path / "model.pt", key="nothing")
+    # Where two paths end alike, the message has keys that work.
+    torch.save({"first": lightning, "second": lightning}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="several, under first.ema_model, second.ema_model; pass --key"):
+        load(tmp_path / "model.pt", key="ema_model")
+    assert_close(outputs(load(tmp_path / "model.pt", key="second.ema_model"), user_model.x), user_model.y)
+
+
 def test_modules_in_a_dict(user_model: UserModel, tmp_path: Path) -> None:
     with Architecture(path=DATA).importable():
         module = torch.load(user_model.pickled, weights_only=False)
@@ -252,12 +279,14 @@ class Malicious:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "found no file"),
-        (b"", "empty file"),
-        (b"hello, this is no checkpoint at all", "which is neither a zip archive nor a pickle$"),
-        (b"101 is a pickle's integer", "which is neither a zip archive nor a pickle$"),
+        (None, "found no file .*; check the path$"),
+        (b"", "empty file .*; copy it again, or save it again$"),
+        (b"hello, this is no checkpoint at all", "neither a zip archive nor a pickle; pass what torch.save"),
+        (b"101 is a pickle's integer", "neither a zip archive nor a pickle; pass what torch.save"),
+        (b"\x89PNG\r\n\x1a\n", "neither a zip archive nor a pickle; pass what torch.save"),
+        (b"\x08\x0a\x12\x00", "an ONNX file: run lmkan-deploy optimize$"),
         (b"\x80\x02garbage", "--trust-pickle"),
-        (b"PK\x03\x04" + bytes(100), "could not read"),
+        (b"PK\x03\x04" + bytes(100), "could not read .*: copy it again, or save it again$"),
     ],
 )
 def test_damaged_files(content: bytes | None, message: str, tmp_path: Path) -> None:
@@ -272,21 +301,50 @@ def test_damaged_files(content: bytes | None, message: str, tmp_path: Path) -> N
 def test_truncated_files(fraction: float, user_model: UserModel, tmp_path: Path) -> None:
     content = user_model.state_dict.read_bytes()
     (tmp_path / "model.pt").write_bytes(content[: int(len(content) * fraction)])
-    with pytest.raises(CheckpointError, match="truncated, damaged"):
+    with pytest.raises(
+        CheckpointError, match="truncated, damaged.*: copy it again, or save it again$"
+    ) as error:
         lmkan_deploy.load_checkpoint(tmp_path / "model.pt", user_model.architecture)
+    assert "miniz" not in str(error.value)
+
+
+@pytest.mark.parametrize("offset", range(4, 46, 2))
+def test_damaged_directories_of_archives(offset: int, tmp_path: Path) -> None:
+    torch.save(make_stack(4, 2).state_dict(), tmp_path / "model.pt")
+    content = bytearray((tmp_path / "model.pt").read_bytes())
+    entry = content.index(b"PK\x01\x02")
+    for value in (b"\xff\xff", b"\x7f\x7f", b"\x00\x08"):
+        content[entry + offset : entry + offset + 2] = value
+        content[entry + 46 : entry + 48] = b"\xff\xfe"  # of the name
+        (tmp_path / "model.pt").write_bytes(content)
+        with pytest.raises(CheckpointError, match="copy it again, or save it again$") as error:
+            lmkan_deploy.load_checkpoint(tmp_path / "model.pt")
+        assert "\n" not in str(error.value)
+    assert zipfile.is_zipfile(tmp_path / "model.pt")
+
+
+def test_small_files_ask_for_little_memory(tmp_path: Path) -> None:
+    """A table that shows one number 1.9 billion times is refused before a layer is built."""
+    table = torch.zeros(1).as_strided((4, 4, 3000, 40000), (0, 0, 0, 0))
+    torch.save({"0.func_parameter": table, "0.borders": torch.zeros(4)}, tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").stat().st_size < 3000
+    with pytest.raises(CheckpointError, match=r"found one of \[4, 4, 3000, 40000\] in 4 bytes; save"):
+        lmkan_deploy.load_checkpoint(tmp_path / "model.pt")
 
 
 def test_other_contents(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="found the folder"):
         lmkan_deploy.load_checkpoint(tmp_path)
     for value, message in (
-        ([1, 2], "found a list"),
+        ([1, 2], r"found a list; save model.state_dict\(\)$"),
+        (3, "found an int; save model"),
+        ((), "found a tuple; save model"),
         ({"epoch": 3, "loss": 0.5}, "keys 'epoch', 'loss'"),
-        ({}, "without keys"),
+        ({}, r"without keys; save model.state_dict\(\)$"),
         ({"model": {}}, "keys 'model'"),
         ({"0.func_parameter": torch.zeros(3), "epoch": 3}, "'epoch' of type int beside tensors"),
         ({0: torch.zeros(3)}, "the key 0 of type int"),
-        (torch.zeros(3), "found a Tensor"),
+        (torch.zeros(3), r"found a Tensor; save model.state_dict\(\)$"),
     ):
         torch.save(value, tmp_path / "model.pt")
         with pytest.raises(CheckpointError, match=message):
@@ -305,7 +363,8 @@ def test_state_dicts_that_determine_no_network(tmp_path: Path) -> None:
         (prefixed(0, lookup) | prefixed(2, norm), "no state of layer 1"),
         (prefixed(0, lookup) | prefixed(1, torch.nn.Linear(6, 2).state_dict()), "layer 1 with bias, weight"),
         (prefixed(0, lookup) | prefixed(1, torch.nn.BatchNorm1d(7).state_dict()), "6 features of layer 0"),
-        (prefixed(0, narrow), r"found \[3, 3, 2, 2\]"),
+        (prefixed(0, narrow), r"found \[3, 3, 2, 2\]; train with a finer grid$"),
+        ({"0.func_parameter": lookup["func_parameter"]}, "expected 0.borders beside .*; save all of"),
     ):
         torch.save(state, tmp_path / "model.pt")
         with pytest.raises(CheckpointError, match=message):
@@ -326,13 +385,15 @@ TABLE, NORM = torch.ones(5, 5, 6, 2), torch.ones(6)
         ("0.func_parameter", TABLE.to(torch.float8_e4m3fn), "floating point, found one of float8_e4m3fn"),
         ("0.func_parameter", TABLE.to_sparse(), "found a sparse_coo one"),
         ("0.func_parameter", TABLE.to("meta"), "without data, of the meta device"),
-        ("0.func_parameter", torch.zeros(1).expand(5, 5, 6, 1 << 40), "could not build layer 0"),
+        ("0.func_parameter", torch.zeros(1).expand(5, 5, 6, 1 << 40), r"found one of .* in 4 bytes; save"),
         ("0.func_parameter", TABLE.double() * 1e300, "found 300 NaN or infinite"),
-        ("0.borders", torch.ones(6), "could not build layer 0 from its state: .*size mismatch for borders"),
+        ("0.borders", torch.ones(6), r"expected 0.borders \[5\], found \[6\], which contradicts 0.func"),
         ("0.borders", torch.ones(5).to_sparse(), "expected 0.borders as a dense tensor"),
         ("1.running_mean", torch.ones(2, 3), r"expected 1.running_mean \[N\]"),
         ("1.running_mean", NORM * torch.nan, "finite values in 1.running_mean, found 6"),
-        ("1.running_var", torch.ones(5), "could not build layer 1 from its state: .*size mismatch"),
+        ("1.running_var", torch.ones(5), r"expected 1.running_var \[6\], found \[5\], which contradicts"),
+        ("1.running_mean", torch.zeros(1).expand(1 << 40), r"found \[1099511627776\] in 4 bytes; save"),
+        ("1.weight", torch.zeros(1).expand(6), r"found \[6\] in 4 bytes; save"),
         ("1.running_var", -NORM, "variances of at least 0 in 1.running_var, found -1"),
         ("1.weight", NORM * torch.inf, "finite values in 1.weight"),
         ("999999999.func_parameter", TABLE, "no state of layer 2"),
@@ -377,6 +438,46 @@ def test_tables_that_are_not_finite(value: float, tmp_path: Path) -> None:
     torch.save(module.state_dict(), tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match="finite values in 2.func_parameter, found 1 NaN"):
         lmkan_deploy.load_checkpoint(tmp_path / "model.pt")
+
+
+MASKED = """
+import torch
+from lmkan_deploy.nn import LMKAN2DLayer
+
+class Masked(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mask = torch.nn.Parameter(torch.tensor([0.0, -torch.inf]))
+        self.lookup = LMKAN2DLayer(4, 4, 2)
+        self.linear = torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        return torch.softmax(self.linear(self.lookup(x)) + self.mask, -1)
+"""
+
+
+def test_parameters_that_may_be_infinite(tmp_path: Path) -> None:
+    (tmp_path / "masked_network.py").write_text(MASKED)
+    architecture = Architecture("masked_network:Masked", tmp_path)
+    module = architecture.build()
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    module = lmkan_deploy.load_checkpoint(tmp_path / "model.pt", architecture).module
+    torch.export.save(torch.export.export(module, (torch.randn(3, 4),)), tmp_path / "model.pt2")
+    lmkan_deploy.load_checkpoint(tmp_path / "model.pt2")
+    for key, value, message in (
+        (
+            "mask",
+            torch.nan,
+            "expected numbers in mask, found 1 NaN in .*; the training diverged: use an earlier",
+        ),
+        ("lookup.func_parameter", -torch.inf, "expected finite values in lookup.func_parameter"),
+        ("linear.weight", -torch.inf, "expected finite values in linear.weight"),
+    ):
+        state = {name: tensor.contiguous().clone() for name, tensor in module.state_dict().items()}
+        state[key].view(-1)[:1] = value
+        torch.save(state, tmp_path / "model.pt")
+        with pytest.raises(CheckpointError, match=message):
+            lmkan_deploy.load_checkpoint(tmp_path / "model.pt", architecture)
 
 
 def test_a_grid_that_is_not_the_operators(tmp_path: Path) -> None:
@@ -565,6 +666,28 @@ def test_programs_with_pickled_inputs_are_refused(program_file: Path, tmp_path: 
     with pytest.raises(CheckpointError):
         lmkan_deploy.load_checkpoint(program_file)
     assert not marker.exists()
+
+
+class Optional(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lookup = LMKAN2DLayer(4, 4, 2)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, scale: float = 2.0) -> torch.Tensor:
+        return self.lookup(x) * (scale if mask is None else mask)
+
+
+@pytest.mark.parametrize(
+    ("rest", "keywords", "found"),
+    [((None,), {}, "mask with the constant None"), ((), {"scale": 3.0}, r"scale with the constant 3\.0")],
+)
+def test_programs_with_constants_among_their_inputs(rest, keywords, found: str, tmp_path: Path) -> None:
+    program = torch.export.export(Optional().eval(), (torch.randn(3, 4), *rest), keywords)
+    torch.export.save(program, tmp_path / "model.pt2")
+    with pytest.raises(
+        CheckpointError, match=f"expected tensors as inputs, found {found}; trace the network again"
+    ):
+        lmkan_deploy.export(tmp_path / "model.pt2", tmp_path / "model.onnx")
 
 
 def test_damaged_programs(program_file: Path) -> None:

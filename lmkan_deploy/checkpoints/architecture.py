@@ -50,7 +50,7 @@ class Architecture:
                 f"expected --arch-args as a JSON object or array, found {type(values).__name__}"
             )
         if path is not None and not path.is_dir():
-            raise CheckpointError(f"expected --arch-path to be a folder, found {path}")
+            raise CheckpointError(f"expected --arch-path to be a folder, found {path}; check the path")
         return cls(factory, path, values)
 
     @contextmanager
@@ -86,7 +86,8 @@ class Architecture:
                 ) from error
         if not isinstance(module, nn.Module):
             raise CheckpointError(
-                f"expected {self.factory} to return a torch.nn.Module, found {type(module).__name__}"
+                f"expected {self.factory} to return a torch.nn.Module, found {type(module).__name__}; name a "
+                "class, or a function that builds the network"
             )
         return module
 

@@ -11,7 +11,9 @@ import ast
 import json
 import os
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 
 from lmkan_deploy.checkpoints.input_shapes import BATCH
+from lmkan_deploy.checkpoints.state_dict import one_line
 from lmkan_deploy.errors import CheckpointError
 from lmkan_deploy.runtime.axis_limits import AxisLimits
 from lmkan_deploy.runtime.tensors import TensorSpec
@@ -79,11 +82,26 @@ _SAFE_CALLS = re.compile(
 
 def is_exported_program(path: Path) -> bool:
     """Whether a file is an archive of `torch.export.save`."""
+    endings = ("/archive_format", "serialized_exported_program.json")
+    return any(name.endswith(endings) for name in archive_names(path))
+
+
+def archive_names(path: Path) -> list[str]:
+    """Names of the files in a zip archive; none where a file is no such archive.
+
+    Raises:
+        CheckpointError: Its directory is damaged.
+    """
     if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    return any(name.endswith(("/archive_format", "serialized_exported_program.json")) for name in names)
+        return []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, struct.error) as error:
+        raise CheckpointError(
+            f"expected a PyTorch checkpoint, found that the directory of the archive {path} is damaged "
+            f"({one_line(error)}); copy it again, or save it again"
+        ) from error
 
 
 def load_exported_program(path: Path, *, trust: bool) -> torch.export.ExportedProgram:
@@ -137,8 +155,10 @@ def _check_program(path: Path) -> None:
                 if not _SAFE_FILES.fullmatch(name):
                     raise _unsafe(path, f"holds {name!r}")
             documents = [json.loads(archive.read(name)) for name in names if name.endswith(".json")]
-    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"could not read {path} as a torch.export archive: {error}") from error
+    except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"could not read {path} as a torch.export archive: {one_line(error)}; copy it again, or save it again"
+        ) from error
     for document in documents:
         for key, value in _entries(document):
             found = _why_unsafe(key, value)
@@ -234,7 +254,9 @@ def program_inputs(program: torch.export.ExportedProgram) -> list[TensorSpec]:
     values = _inputs(program)
     for name, value in values.items():
         if not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"expected tensors as inputs, found {name} of {type(value).__name__}")
+            raise CheckpointError(
+                f"expected tensors as inputs, found {name} of {type(value).__name__}; {_TRACE_TENSORS}"
+            )
     names = _axis_names(values)
     return [
         TensorSpec(
@@ -258,9 +280,30 @@ def program_limits(program: torch.export.ExportedProgram) -> dict[str, AxisLimit
     return limits
 
 
+_TRACE_TENSORS = (
+    "trace the network again without it, so that it has its default, or inside a module whose forward takes the "
+    "tensors alone and passes it on"
+)
+
+
 def _inputs(program: torch.export.ExportedProgram) -> dict[str, Any]:
+    """Placeholders' values by name.
+
+    Raises:
+        CheckpointError: An input is a constant of the trace.
+    """
     placeholders = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    return {str(name): placeholders[name] for name in program.graph_signature.user_inputs}
+    inputs = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind != torch.export.graph_signature.InputKind.USER_INPUT:
+            continue
+        if isinstance(spec.arg, torch.export.graph_signature.ConstantArgument):
+            raise CheckpointError(
+                f"expected tensors as inputs, found {spec.arg.name} with the constant {spec.arg.value!r}; "
+                f"{_TRACE_TENSORS}"
+            )
+        inputs[spec.arg.name] = placeholders[spec.arg.name]
+    return inputs
 
 
 def _axis_names(values: Mapping[str, Any]) -> dict[str, str]:

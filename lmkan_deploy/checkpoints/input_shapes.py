@@ -69,7 +69,9 @@ def input_specs(module: nn.Module, shapes: Sequence[TensorSpec] = ()) -> list[Te
     """
     parameters = _forward_parameters(module)
     if not parameters:
-        raise CheckpointError("expected a network with inputs, found a forward without parameters")
+        raise CheckpointError(
+            "expected a network with inputs, found a forward without parameters; give it one"
+        )
     rest = next((p.name for p in parameters.values() if p.kind == p.VAR_POSITIONAL), None)
     single = {name: p for name, p in parameters.items() if name != rest}
     if not shapes:
@@ -78,10 +80,10 @@ def input_specs(module: nn.Module, shapes: Sequence[TensorSpec] = ()) -> list[Te
     named = [shape.name for shape in shapes if shape.name]
     twice = next((name for name in named if named.count(name) > 1), None)
     if twice is not None:
-        raise CheckpointError(f"expected one shape for each input, found two for {twice}")
+        raise CheckpointError(f"expected one shape for each input, found two for {twice}; leave one out")
     unknown = [name for name in named if name not in single]
     if unknown and rest is None:
-        raise CheckpointError(f"expected inputs of {expected}, found {', '.join(unknown)}")
+        raise CheckpointError(f"expected inputs of {expected}, found {', '.join(unknown)}; name one of these")
     given = {shape.name: shape for shape in shapes if shape.name in single}
     others = [shape for shape in shapes if shape.name not in single]
     result = []
@@ -97,7 +99,9 @@ def input_specs(module: nn.Module, shapes: Sequence[TensorSpec] = ()) -> list[Te
                 f"--input-shape {name}:batch,..."
             )
     if others and rest is None:
-        raise CheckpointError(f"expected inputs of {expected}, found {len(others)} shapes too many")
+        raise CheckpointError(
+            f"expected inputs of {expected}, found {len(others)} shapes too many; leave them out"
+        )
     rests = [replace(spec, name=spec.name or f"{rest}{index}") for index, spec in enumerate(others)]
     keywords = [spec for spec in result if single[spec.name].kind == inspect.Parameter.KEYWORD_ONLY]
     return [*(spec for spec in result if spec not in keywords), *rests, *keywords]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 import zipfile
 from dataclasses import dataclass, field
@@ -14,8 +15,12 @@ from torch import nn
 
 from lmkan_deploy import upstream
 from lmkan_deploy.checkpoints.architecture import Architecture, ended
-from lmkan_deploy.checkpoints.exported_program import is_exported_program, load_exported_program
-from lmkan_deploy.checkpoints.state_dict import build_stack, fill, unwrap
+from lmkan_deploy.checkpoints.exported_program import (
+    archive_names,
+    is_exported_program,
+    load_exported_program,
+)
+from lmkan_deploy.checkpoints.state_dict import build_stack, fill, one_line, unwrap
 from lmkan_deploy.errors import CheckpointError
 from lmkan_deploy.nn import LMKAN2DLayer
 from lmkan_deploy.spec import MIN_NUM_GRIDS, grid_points
@@ -75,7 +80,9 @@ def load_checkpoint(
     _check_file(path)
     if is_exported_program(path):
         if key is not None:
-            raise CheckpointError(f"expected a file of several networks with --key, found the archive {path}")
+            raise CheckpointError(
+                f"expected a file of several networks with --key, found the archive {path}; leave out --key"
+            )
         program = load_exported_program(path, trust=trust_pickle)
         checkpoint = Checkpoint(path, "exported program", program.module(), program)
     else:
@@ -87,26 +94,30 @@ def load_checkpoint(
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        raise CheckpointError(f"expected a checkpoint file, found the folder {path}")
+        raise CheckpointError(f"expected a checkpoint file, found the folder {path}; pass a file of it")
     if not path.is_file():
-        raise CheckpointError(f"expected a checkpoint file, found no file {path}")
+        raise CheckpointError(f"expected a checkpoint file, found no file {path}; check the path")
     if path.stat().st_size == 0:
-        raise CheckpointError(f"expected a checkpoint, found the empty file {path}")
+        raise CheckpointError(
+            f"expected a checkpoint, found the empty file {path}; copy it again, or save it again"
+        )
 
 
 def _load_content(path: Path, architecture: Architecture, trust_pickle: bool) -> Any:
     is_zip = zipfile.is_zipfile(path)
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        if any(name.endswith("constants.pkl") for name in names):
-            raise CheckpointError(
-                f"expected a state dict, a torch.export archive or a pickled module, found the TorchScript "
-                f"archive {path}; save model.state_dict() instead"
-            )
-    if not _starts_with(path, b"PK", pickle.PROTO):
+    if any(name.endswith("constants.pkl") for name in archive_names(path)):
         raise CheckpointError(
-            f"expected a PyTorch checkpoint, found {path}, which is neither a zip archive nor a pickle"
+            f"expected a state dict, a torch.export archive or a pickled module, found the TorchScript "
+            f"archive {path}; save model.state_dict() instead"
+        )
+    if not _starts_with(path, b"PK", pickle.PROTO):
+        if path.suffix == ".onnx" or _starts_with(path, *_ONNX_BEGINNINGS):
+            raise CheckpointError(
+                f"expected a PyTorch checkpoint, found {path}, which is an ONNX file: run lmkan-deploy optimize"
+            )
+        raise CheckpointError(
+            f"expected a PyTorch checkpoint, found {path}, which is neither a zip archive nor a pickle; pass "
+            "what torch.save or torch.export.save wrote"
         )
     try:
         with warnings.catch_warnings():
@@ -126,6 +137,10 @@ def _load_content(path: Path, architecture: Architecture, trust_pickle: bool) ->
     except Exception as error:  # PyTorch raises whatever its many parsers raise
         raise _unreadable(path, error) from error
     return _load_pickle(path, architecture)
+
+
+_ONNX_BEGINNINGS = [bytes([8, version, tag]) for version in range(3, 32) for tag in (0x12, 0x3A, 0x42)]
+"""The field with the format's version, and the tag of what comes next: the producer, the graph or the opsets."""
 
 
 def _starts_with(path: Path, *beginnings: bytes) -> bool:
@@ -152,10 +167,11 @@ def _load_pickle(path: Path, architecture: Architecture) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    # PyTorch adds what it guesses, which is no help to those who only have the file.
+    reason = re.split(r"\. This is an internal miniz error|\s*\(Could this error", one_line(error))[0]
     return CheckpointError(
         f"expected a PyTorch checkpoint, could not read {path}: {reason}; the file is truncated, damaged or "
-        "of another format"
+        "of another format: copy it again, or save it again"
     )
 
 
@@ -201,24 +217,33 @@ def _prepare(module: nn.Module) -> nn.Module:
 
 def _check_values(checkpoint: Checkpoint) -> None:
     """Refuses weights that no runtime could compute with, and grids that are not the operator's."""
-    state = checkpoint.module.state_dict()
+    module = checkpoint.module
+    state = module.state_dict()
     # Other buffers may well hold infinities, such as masks.
     statistics = {key: v for key, v in state.items() if key.split(".")[-1] in ("running_mean", "running_var")}
     tables = {key: v for key, v in state.items() if key.split(".")[-1] == "func_parameter"}
-    for key, value in (dict(checkpoint.module.named_parameters()) | statistics | tables).items():
-        if value.dtype.is_floating_point and value.dtype.itemsize > 1 and not torch.isfinite(value).all():
-            count = int((~torch.isfinite(value)).sum())
+    for key, value in (dict(module.named_parameters()) | statistics | tables).items():
+        if not value.dtype.is_floating_point or value.dtype.itemsize == 1:
+            continue
+        only_nan = key not in statistics and _may_be_infinite(module, key)
+        wrong = value.isnan() if only_nan else ~value.isfinite()
+        if wrong.any():
+            what, found = ("numbers", "NaN") if only_nan else ("finite values", "NaN or infinite ones")
             raise CheckpointError(
-                f"expected finite values in {key}, found {count} NaN or infinite ones in {checkpoint.path}; "
+                f"expected {what} in {key}, found {int(wrong.sum())} {found} in {checkpoint.path}; "
                 "the training diverged: use an earlier checkpoint"
             )
         if key.endswith("running_var") and (value < 0).any():
-            raise CheckpointError(f"expected variances of at least 0 in {key}, found {float(value.min()):g}")
+            raise CheckpointError(
+                f"expected variances of at least 0 in {key}, found {float(value.min()):g} in {checkpoint.path}; "
+                "use an earlier checkpoint"
+            )
     for key, table in tables.items():
         num_grids = table.shape[0] - 1
         if num_grids < MIN_NUM_GRIDS:
             raise CheckpointError(
-                f"expected a grid of at least {MIN_NUM_GRIDS} cells in {key}, found {num_grids}"
+                f"expected a grid of at least {MIN_NUM_GRIDS} cells in {key}, found {num_grids}; train with a "
+                "finer grid"
             )
         borders = state.get(key.removesuffix("func_parameter") + "borders")
         expected = torch.from_numpy(grid_points(num_grids))
@@ -228,5 +253,15 @@ def _check_values(checkpoint: Checkpoint) -> None:
         ):
             raise CheckpointError(
                 f"expected the operator's grid of {num_grids} cells in {key.removesuffix('func_parameter')}"
-                f"borders, found other points; tables trained on another grid can't be exported"
+                "borders, found other points; tables trained on another grid can't be exported: train with "
+                "upstream's"
             )
+
+
+def _may_be_infinite(module: nn.Module, key: str) -> bool:
+    """Whether a parameter may be a mask: one of the user's own classes, and no table."""
+    prefix, _, name = key.rpartition(".")
+    owner = module.get_submodule(prefix)
+    # Programs keep all of theirs in plain modules.
+    is_users = type(owner) is nn.Module or not type(owner).__module__.startswith("torch.nn.")
+    return is_users and not isinstance(owner, LMKAN2DLayer) and not name.startswith("func_parameter")

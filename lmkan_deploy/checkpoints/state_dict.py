@@ -44,7 +44,11 @@ def unwrap(content: Any, path: Path, key: str | None = None) -> dict[str, Tensor
         paths = [".".join(keys) or "the file itself" for keys, _ in found]
         found = _under(key, found)
         if not found:
-            known = f"networks under {', '.join(paths[:5])}" if paths else _described(content)
+            known = (
+                f"networks under {', '.join(paths[:5])}; pass one of these"
+                if paths
+                else f"{_described(content)}; save model.state_dict()"
+            )
             raise CheckpointError(
                 f"expected a network under --key {key or repr(key)} in {path}, found {known}"
             )
@@ -57,7 +61,9 @@ def unwrap(content: Any, path: Path, key: str | None = None) -> dict[str, Tensor
             f"expected one network in {path}, found several, under {places}; pass --key with {which} to export"
         )
     if not found:
-        raise CheckpointError(f"expected a state dict or a module in {path}, found {_described(content)}")
+        raise CheckpointError(
+            f"expected a state dict or a module in {path}, found {_described(content)}; save model.state_dict()"
+        )
     network = found[0][1]
     if isinstance(network, nn.Module):
         return network
@@ -98,21 +104,38 @@ def _under(
     key: str, found: Sequence[tuple[tuple[str, ...], _Network]]
 ) -> list[tuple[tuple[str, ...], _Network]]:
     """What lies under a key: the network of this path, or else those below it, or else the part of a state dict
-    whose own keys begin with the rest of it.
+    whose own keys begin with the rest of it; or else what the key is the end of, such as `model` for what lies
+    under `state_dict.model`.
     """
     exact = [(keys, network) for keys, network in found if ".".join(keys) == key]
     below = [(keys, network) for keys, network in found if ".".join(keys).startswith(f"{key}.")]
     if exact or below or not key:
         return exact[:1] or below
-    parts: list[tuple[tuple[str, ...], _Network]] = []
-    for keys, network in found:
-        prefix = "".join(f"{each}." for each in keys)
-        if isinstance(network, nn.Module) or not key.startswith(prefix):
-            continue
-        rest = key.removeprefix(prefix).removesuffix(".") + "."
-        part = {name.removeprefix(rest): value for name, value in network.items() if name.startswith(rest)}
-        parts += [((key,), part)] if part else []
-    return parts
+    parts = [part for keys, network in found for part in _part(key, keys, network, 0)]
+    if parts:
+        return parts
+    ends = [(keys, network) for keys, network in found if ".".join(keys).endswith(f".{key}")]
+    return ends or [
+        part
+        for keys, network in found
+        for left_out in range(1, len(keys) + 1)
+        for part in _part(key, keys, network, left_out)
+    ]
+
+
+def _part(
+    key: str, keys: tuple[str, ...], network: _Network, left_out: int
+) -> list[tuple[tuple[str, ...], _Network]]:
+    """What of a state dict lies under a key that may lack the first parts of its path; one or none."""
+    path = "".join(f"{each}." for each in keys[left_out:])
+    if isinstance(network, nn.Module) or not key.startswith(path):
+        return []
+    rest = key.removeprefix(path).removesuffix(".")
+    for entries in (network, _without_prefixes(dict(network))):
+        part = {k.removeprefix(f"{rest}."): v for k, v in entries.items() if k.startswith(f"{rest}.")}
+        if part:
+            return [((*keys, rest), part)]
+    return []
 
 
 def _has_tables(network: _Network) -> bool:
@@ -125,7 +148,7 @@ def _is_table(key: str) -> bool:
 
 
 def _described(content: Any) -> str:
-    found = f"a {type(content).__name__}"
+    found = _with_article(type(content).__name__)
     if not isinstance(content, Mapping):
         return found
     if not content:
@@ -135,8 +158,12 @@ def _described(content: Any) -> str:
             if not isinstance(key, str):
                 return f"the key {key!r} of type {type(key).__name__}"
             if not isinstance(value, Tensor):
-                return f"{key!r} of type {type(value).__name__} beside tensors; save model.state_dict() alone"
+                return f"{key!r} of type {type(value).__name__} beside tensors"
     return f"{found} with the keys {', '.join(map(repr, list(content)[:5]))}"
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _check_readable(key: str, value: Tensor) -> None:
@@ -149,11 +176,18 @@ def _check_readable(key: str, value: Tensor) -> None:
         found = "a quantized one"
     elif _is_table(key) and value.dtype not in (*_TABLE_DTYPES, torch.float64):
         found = f"one of {str(value.dtype).removeprefix('torch.')}"
+    elif _is_table(key) and _is_repeated(value):
+        found = f"one of {list(value.shape)} in {value.untyped_storage().nbytes()} bytes"
     if found is not None:
         raise CheckpointError(
             f"expected {key} as a dense tensor of {'floating point' if _is_table(key) else 'numbers'}, "
             f"found {found}; save the state dict of the trained network itself"
         )
+
+
+def _is_repeated(value: Tensor) -> bool:
+    """Whether a tensor shows the same memory several times, which costs no space in the file."""
+    return value.untyped_storage().nbytes() < value.numel() * value.itemsize
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], factory: str) -> list[str]:
@@ -192,7 +226,9 @@ def fill(module: nn.Module, state: dict[str, Tensor], factory: str) -> list[str]
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"the state dict does not fit {factory}: {one_line(error)}") from error
+        raise CheckpointError(
+            f"the state dict does not fit {factory}: {one_line(error)}; check --arch"
+        ) from error
     return notes
 
 
@@ -261,14 +297,38 @@ def _build_layer(index: int, state: dict[str, Tensor]) -> nn.Module:
         }
     ):
         build = _build_norm
+    elif names == {"func_parameter"}:
+        raise CheckpointError(
+            f"expected {index}.borders beside {index}.func_parameter, found none, so the grid is unknown; "
+            "save all of model.state_dict()"
+        )
     else:
         raise _not_a_stack(f"found layer {index} with {', '.join(sorted(names))}")
+    for name, value in state.items():
+        if _is_repeated(value):
+            raise CheckpointError(
+                f"expected {index}.{name} with a number for each entry, found {list(value.shape)} in "
+                f"{value.untyped_storage().nbytes()} bytes; save the state dict of the trained network itself"
+            )
     try:
         layer = build(index, state)
+        _check_shapes(index, state, layer)
         layer.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # shapes that contradict each other, or more memory than there is
-        raise CheckpointError(f"could not build layer {index} from its state: {one_line(error)}") from error
+    except RuntimeError as error:  # more memory than there is
+        raise CheckpointError(
+            f"could not build layer {index} from its state: {one_line(error)}; take a machine with more memory"
+        ) from error
     return layer
+
+
+def _check_shapes(index: int, state: Mapping[str, Tensor], layer: nn.Module) -> None:
+    for name, own in layer.state_dict().items():
+        if name in state and state[name].shape != own.shape:
+            first = "running_mean" if "running_mean" in state else "func_parameter"
+            raise CheckpointError(
+                f"expected {index}.{name} {list(own.shape)}, found {list(state[name].shape)}, which contradicts "
+                f"{index}.{first} {list(state[first].shape)}; save the state dict of the trained network itself"
+            )
 
 
 def _build_lookup(index: int, state: dict[str, Tensor]) -> LMKAN2DLayer:
@@ -277,7 +337,8 @@ def _build_lookup(index: int, state: dict[str, Tensor]) -> LMKAN2DLayer:
     if table.dim() != 4 or shape[0] != shape[1] or shape[0] <= MIN_NUM_GRIDS or 0 in shape:
         raise CheckpointError(
             f"expected {index}.func_parameter [G+1, G+1, N_out, N_in/2] with equal grid axes, G >= "
-            f"{MIN_NUM_GRIDS}, an output and a pair of inputs, found {shape}"
+            f"{MIN_NUM_GRIDS}, an output and a pair of inputs, found {shape}; "
+            + ("train with a finer grid" if 1 < shape[0] <= MIN_NUM_GRIDS else "pass the network with --arch")
         )
     layer = LMKAN2DLayer(shape[0] - 1, 2 * shape[3], shape[2])
     return layer.to(table.dtype) if table.dtype in _TABLE_DTYPES else layer
@@ -286,7 +347,9 @@ def _build_lookup(index: int, state: dict[str, Tensor]) -> LMKAN2DLayer:
 def _build_norm(index: int, state: dict[str, Tensor]) -> nn.BatchNorm1d:
     shape = list(state["running_mean"].shape)
     if len(shape) != 1 or shape[0] < 1:
-        raise CheckpointError(f"expected {index}.running_mean [N] with N >= 1, found {shape}")
+        raise CheckpointError(
+            f"expected {index}.running_mean [N] with N >= 1, found {shape}; pass the network with --arch"
+        )
     return nn.BatchNorm1d(shape[0], affine="weight" in state)
 
 
