@@ -124,10 +124,16 @@ def _constants(node: ir.Node) -> list[ir.Value]:
     if scales is None:
         return []
     mul = scales.producer()
-    if mul is None or not is_op(mul, "Mul"):
+    if mul is None or not is_op(mul, "Mul") or len(mul.inputs) != 2:
         return [scales]
     multiple, step = mul.inputs
     cast = None if multiple is None else multiple.producer()
-    if cast is None or not is_op(cast, "Cast") or cast.inputs[0] is None or step is None:
+    if (
+        cast is None
+        or not is_op(cast, "Cast")
+        or len(cast.inputs) != 1
+        or cast.inputs[0] is None
+        or step is None
+    ):
         return [scales]
     return [cast.inputs[0], step]

@@ -10,6 +10,10 @@ _KEY = "lmkan_deploy.axis_limits"
 """Metadata: axis -> [smallest, largest or null, step]."""
 
 
+_NO_SIZE = 1 << 31
+"""No axis is as large as this."""
+
+
 class AxisLimits(NamedTuple):
     """Multiples of a step, from a smallest to a largest size.
 
@@ -51,6 +55,11 @@ def noted_limits(metadata: Mapping[str, str]) -> dict[str, AxisLimits]:
             name: AxisLimits(int(least), None if most is None else int(most), *map(int, step))
             for name, (least, most, *step) in entries
         }
-        return found if all(limits.step >= 1 for limits in found.values()) else {}
-    except (ValueError, TypeError, AttributeError):  # somebody else's
+        return found if all(map(_is_sensible, found.values())) else {}
+    except (ValueError, TypeError, AttributeError, OverflowError):  # somebody else's
         return {}
+
+
+def _is_sensible(limits: AxisLimits) -> bool:
+    """Whether tensors of such sizes can be made."""
+    return 0 <= limits.least < _NO_SIZE and 1 <= limits.step < _NO_SIZE

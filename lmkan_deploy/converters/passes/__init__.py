@@ -133,5 +133,13 @@ def noted_outcomes(metadata: Mapping[str, str]) -> tuple[dict[str, list[str]], d
             lines = json.loads(metadata.get(f"lmkan_deploy.passes_{kind}", "{}"))
         except ValueError:
             lines = {}
-        found.append(lines if isinstance(lines, dict) else {})
+        entries = lines.items() if isinstance(lines, dict) else ()
+        # Whatever else there is is somebody else's.
+        found.append(
+            {
+                name: noted
+                for name, noted in entries
+                if isinstance(noted, list) and all(isinstance(line, str) for line in noted)
+            }
+        )
     return found[0], found[1]
