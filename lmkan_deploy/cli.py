@@ -1,5 +1,6 @@
-"""The command line. Exit codes: 0 done; 1 the answers differ; 2 a mistake in the input or the call; 129, 130 or
-143 interrupted. They are the same where stdout's reader ends early, and where stdout or stderr is closed.
+"""The command line. Exit codes: 0 done; 1 the answers differ; 2 a mistake in the input or the call, or a defect
+of this package; 129, 130 or 143 interrupted. They are the same where stdout's reader ends early, and where stdout
+or stderr is closed.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import typer
 from lmkan_deploy.commands.bench import bench
 from lmkan_deploy.commands.build import build
 from lmkan_deploy.commands.export import export
+from lmkan_deploy.commands.help import MAX_WIDTH, Command, Group
 from lmkan_deploy.commands.inspect import inspect
-from lmkan_deploy.commands.optimize import optimize
+from lmkan_deploy.commands.optimize import OptimizeCommand, optimize
 from lmkan_deploy.commands.package import package
 from lmkan_deploy.commands.plugins import plugins
 from lmkan_deploy.commands.run import run
@@ -32,7 +34,8 @@ app = typer.Typer(
     help="Run lookup multivariate Kolmogorov-Arnold networks (lmKANs) in production.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": MAX_WIDTH},
 )
 
 _UsageError: Any = typer.BadParameter.__base__
@@ -64,7 +67,7 @@ def main_options(
 
 
 for _command in (export, optimize, build, verify, run, bench, inspect, serve, package):
-    app.command()(_command)
+    app.command(cls=OptimizeCommand if _command is optimize else Command)(_command)
 app.add_typer(plugins)
 
 
@@ -99,6 +102,10 @@ def main() -> None:
         _fail(error, f"{error.filename or 'system error'}: {error.strerror}", 2)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+    except Exception as error:  # with Python's own exit code 1, it would say that answers differ
+        what = ": ".join(filter(None, (type(error).__name__, str(error).strip().rstrip("."))))
+        fix = "this is a defect of lmkan-deploy: run again with --debug and report it"
+        _fail(error, f"unexpected {what}; {fix}", 2)
 
 
 def _fail(error: Exception, message: str, code: int) -> NoReturn:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import io
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -107,9 +111,11 @@ def test_inspect(methane: Path) -> None:
     }
 
 
-def test_the_help_names_all_passes() -> None:
-    text = "".join(cli("optimize", "--help").stdout.split())  # lines may end after a hyphen
-    assert [item.name for item in PASSES if item.name not in text] == []
+def test_the_help_describes_all_passes() -> None:
+    section = " ".join(cli("optimize", "--help").stdout.split("Passes:")[1].split())
+    for item in PASSES:
+        always = item.name in ("fold-table-transpose", "clean-up", "share-tables")
+        assert f"{item.name} {item.summary}{' (always runs)' if always else ''}" in section
 
 
 def test_passes_by_name(methane: Path, tmp_path: Path) -> None:
@@ -323,9 +329,35 @@ class TestMistakes:
         both = ("-i", stored, "--outputs", stored)
         fails(cli("verify", methane, *both, "-c", METHANE[0]), 2, "--outputs without")
         fails(cli("verify", methane, *both, "--batch", 3), 2, "--outputs without")
+        fails(cli("export", *METHANE, "-i", stored, "--no-verify"), 2, "expected --verify with --inputs")
+        for options in ((), ("--table-dtype", "float32")):
+            calibrated = ("--calibration", stored, *options, "-o", "m.onnx")
+            fails(cli("export", *METHANE, *calibrated), 2, "pass --table-dtype or --max-error")
+            fails(cli("optimize", methane, *calibrated), 2, "pass --table-dtype or --max-error")
+        for name in ("clean-up", "share-tables", "fold-table-transpose"):
+            call = ("optimize", methane, "-o", "m.onnx", "--no-passes", name)
+            fails(cli(*call), 2, f"found {name}, which every model needs")
 
     def test_messages_are_one_line(self, tmp_path: Path) -> None:
         fails(cli("inspect", "two\nlines.onnx", cwd=tmp_path), 2, "two lines.onnx")
+
+    def test_defects_are_no_differences(self, stack: ExportedStack) -> None:
+        """Python's own exit code, 1, means that answers differ."""
+        code = (
+            "import sys; from lmkan_deploy import api, cli\n"
+            "def broken(path): raise ValueError('a first line.\\nand a second.')\n"
+            f"api.inspect = broken; sys.argv[1:] += ['inspect', {str(stack.onnx)!r}]; cli.main()"
+        )
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
+        fails(
+            run([sys.executable, "-c", code]),
+            2,
+            "error: unexpected ValueError: a first line. and a second; this is a defect of lmkan-deploy: ",
+            "run again with --debug and report it",
+        )
+        debug = run([sys.executable, "-c", code, "--debug"])
+        assert debug.returncode == 2
+        assert "Traceback" in debug.stderr
 
     def test_debug(self, tmp_path: Path) -> None:
         traced = cli("--debug", "inspect", tmp_path / "none.onnx")
@@ -344,6 +376,17 @@ class TestOutputs:
         for call in (("export", "none.pt"), ("optimize", "none.onnx"), ("run", "none.onnx", "-i", "x.npz")):
             fails(cli(*call, "-o", output, cwd=tmp_path), 2, output.rstrip("/") or ".")
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "loop"]
+
+    def test_a_name_that_means_a_folder(self, tmp_path: Path) -> None:
+        for call in (
+            ("export", "none.pt"),
+            ("optimize", "none.onnx"),
+            ("run", "none.onnx", "-i", "x.npz"),
+            ("build", "none.onnx"),
+            ("plugins", "build", "--tensorrt-include", "none"),
+        ):
+            fails(cli(*call, "-o", "none/", cwd=tmp_path), 2, "found the folder none/; name a file in it")
+        assert list(tmp_path.iterdir()) == []
 
     def test_a_folder_that_even_root_can_not_write(self, methane: Path) -> None:
         fails(cli("optimize", methane, "-o", "/proc/file"), 2, "could not write /proc/file")
@@ -474,6 +517,16 @@ class TestStandardStreams:
         assert (result.returncode, result.stderr) == (code, "")
         assert ("comparisons" in result.stdout) == (1 not in closed)
 
+    def test_characters_that_the_terminal_has_not(self, stack: ExportedStack, tmp_path: Path) -> None:
+        model = tmp_path / "größe.onnx"
+        shutil.copy(stack.onnx, model)
+        ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        for command in ("inspect", "verify"):
+            result = cli(command, model, env=ascii_only)
+            assert (result.returncode, result.stderr) == (0, "")
+            assert result.stdout.isascii()
+        assert "gr??e.onnx" in cli("inspect", model, env=ascii_only).stdout
+
     def test_a_mistake_that_nobody_reads(self, tmp_path: Path) -> None:
         assert cli("inspect", tmp_path / "none", preexec_fn=lambda: os.close(2)).returncode == 2
         with Path("/dev/full").open("w") as full:
@@ -598,27 +651,90 @@ def test_axes_of_several_names_have_several_sizes(tmp_path: Path) -> None:
 
 def test_the_range_of_opsets(stack: ExportedStack, tmp_path: Path) -> None:
     text = " ".join(cli("export", "--help").stdout.split())
-    assert f"[18<=x<={api.MAX_OPSET}]" in text
+    assert f"[18 to {api.MAX_OPSET}]" in text
     path = tmp_path / "m.onnx"
     result = cli("export", stack.checkpoint, "-o", path, "--opset", api.MAX_OPSET)
     assert result.returncode == 0, result.stderr
     assert {entry.domain: entry.version for entry in onnx.load(path).opset_import}[""] == api.MAX_OPSET
 
 
-@pytest.mark.parametrize("columns", [80, 120])
-@pytest.mark.parametrize("command", ["export", "optimize", "verify", "run", "inspect", "build"])
+def commands() -> dict[str, Any]:
+    """Every command by what is typed for it."""
+    plugins = command_line.plugins.registered_commands
+    found = {c.callback.__name__: c.callback for c in command_line.app.registered_commands}
+    return found | {f"plugins {c.name}": c.callback for c in plugins}
+
+
+@functools.cache
+def help_of(command: str, columns: int) -> str:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+        patch.setenv("COLUMNS", str(columns))
+        arguments = [*command.split(), "--help"]
+        command_line.app(arguments, prog_name="lmkan-deploy", standalone_mode=False)
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("command", commands())
 def test_examples_in_the_help_can_be_copied(command: str, columns: int) -> None:
-    """Each is one line, whatever the width, and its options exist."""
-    text = cli(command, "--help", env={**os.environ, "COLUMNS": str(columns)}).stdout
-    source = next(
-        c.callback.__doc__ for c in command_line.app.registered_commands if c.callback.__name__ == command
-    )
-    written = re.findall(r"^ +(lmkan-deploy .*)$", source, re.MULTILINE)
+    """They are shown as they are written, whatever the width, and their options exist."""
+    text = help_of(command, columns)
+    source = inspect.cleandoc(commands()[command].__doc__)
+    written = re.findall(r"^    .*(?:\n    .*)*", source, re.MULTILINE)
     assert written
-    assert re.findall(r"^ +(lmkan-deploy .*)$", text, re.MULTILINE) == written
     for example in written:
+        shown = re.sub("^", "  ", example, flags=re.MULTILINE)
+        assert f"\n\n{shown}\n" in text
+        assert max(map(len, shown.splitlines())) <= 80
+        if "trtexec" in example:
+            continue
         for option in re.findall(r" (--?[a-z][a-z-]*)", example):
             assert re.search(rf"^ +(.*, )?{option}[ ,]", text, re.MULTILINE), option
+
+
+@pytest.mark.parametrize("command", ["", "plugins", *commands()])
+def test_the_help_is_plain(command: str) -> None:
+    """Without what typer thinks of types, and without words that break at hyphens."""
+    widths = []
+    for columns in (60, 80, 120):
+        text = help_of(command, columns)
+        widths.append(max(map(len, text.splitlines())))
+        assert not re.search(r"[{<]\w+\W*[}>]|<=|>=|\[\[|-$|…|\N{NON-BREAKING HYPHEN}", text, re.MULTILINE)
+        if "Commands:" in text and columns > 60:
+            assert "..." not in text.split("Commands:")[1]
+    assert widths[0] <= 80
+    assert widths[1] <= 80
+    if command not in ("", "plugins", "inspect"):
+        assert 80 < widths[2] <= 120
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("export --table-dtype ", ["float32", "float16", "bfloat16", "int8"]),
+        ("optimize m.onnx --passes fold-l", ["fold-linear-branch"]),
+        ("optimize m.onnx --no-passes s", ["sink-transposes", "simplify-layout"]),
+        ("run m.onnx --runtime onnxruntime-", ["onnxruntime-function", "onnxruntime-cuda"]),
+        ("verify m.onnx --runtime onnx-", ["onnx-reference"]),
+        ("bench m.onnx --runtime onnx-", ["onnx-reference"]),
+        ("serve m.onnx --runtime onnx-", ["onnx-reference"]),
+        ("serve m.onnx --log-format ", ["text", "json"]),
+        ("build m.onnx --runtime ", ["tensorrt", "tensorrt-rtx"]),
+        ("package m.onnx --format triton", ["triton", "triton-python"]),
+        ("plugins path tensor", ["tensorrt"]),
+        ("ver", ["verify"]),
+    ],
+)
+def test_the_shell_completes_values(words: str, found: list[str]) -> None:
+    position = len(words.split()) + words.endswith(" ")
+    environment = {
+        "_LMKAN_DEPLOY_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"lmkan-deploy {words}",
+        "COMP_CWORD": str(position),
+    }
+    result = cli(env={**os.environ, **environment})
+    assert result.stderr == ""
+    assert result.stdout.split() == found
 
 
 def test_the_help_of_the_server_says_what_cuda_graphs_do() -> None:

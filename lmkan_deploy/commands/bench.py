@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from lmkan_deploy.commands.arrays import read_arrays
+from lmkan_deploy.commands.completion import runtimes
 from lmkan_deploy.commands.options import (
     MAX_SIZE,
     RUNTIMES,
@@ -35,6 +36,7 @@ def bench(
             "--runtime",
             metavar="NAME",
             help=f"What to run ONNX files with: {RUNTIMES} May be repeated. Default: onnxruntime.",
+            autocompletion=runtimes,
         ),
     ] = None,
     batch: Annotated[
@@ -44,8 +46,8 @@ def bench(
             min=1,
             max=MAX_SIZE,
             metavar="NUMBER",
-            help="Size of the leading free axes of the random inputs; others are short. May be repeated. "
-            "Default: 1, 64, 1024.",
+            help="Size of the leading free axes of the random inputs; other free axes get a small size. May "
+            "be repeated. Default: 1, 64, 1024.",
         ),
     ] = None,
     inputs: Annotated[
@@ -63,7 +65,7 @@ def bench(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time models side by side.
+    r"""Time models side by side.
 
     Models take turns, so that a slow moment of the machine hits all of them: compare the column "time / first",
     which is the median of rounds with its quartiles. A call goes from arrays in the host's memory to arrays
@@ -81,7 +83,8 @@ def bench(
 
     The compiled operators against the functions that the file carries, on real inputs:
 
-        lmkan-deploy bench model.onnx -i x.npz --runtime onnxruntime --runtime onnxruntime-function
+        lmkan-deploy bench model.onnx -i x.npz --runtime onnxruntime \
+            --runtime onnxruntime-function
     """
     from lmkan_deploy import api
 

@@ -7,7 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from lmkan_deploy.commands.options import AsJson, Plugin, Quiet
+from lmkan_deploy.commands.completion import engine_runtimes
+from lmkan_deploy.commands.options import AsJson, Plugin, Quiet, file_to_write
 from lmkan_deploy.commands.terminal import print_json, show_progress
 
 
@@ -19,6 +20,7 @@ def build(
             "--output",
             "-o",
             metavar="OUTPUT",
+            parser=file_to_write,
             help="Engine to write, such as m.engine; its manifest is OUTPUT.json.",
             show_default=False,
         ),
@@ -30,6 +32,7 @@ def build(
             metavar="NAME",
             help="tensorrt (lookup layers run in the plugin) or tensorrt-rtx (without plugins; builds on "
             "machines that have no GPU).",
+            autocompletion=engine_runtimes,
         ),
     ] = "tensorrt",
     shapes: Annotated[

@@ -27,8 +27,12 @@ from lmkan_deploy.commands.options import (
     TableDtypeOption,
     TrustPickle,
     architecture,
+    check_calibration_options,
+    check_pass_options,
+    file_to_write,
 )
 from lmkan_deploy.commands.terminal import print_json, show_progress
+from lmkan_deploy.errors import InputError
 
 
 def export(
@@ -46,6 +50,7 @@ def export(
             "--output",
             "-o",
             metavar="OUTPUT",
+            parser=file_to_write,
             help="ONNX file to write. Default: CHECKPOINT with the suffix .onnx.",
         ),
     ] = None,
@@ -109,6 +114,10 @@ def export(
     """
     from lmkan_deploy import api
 
+    check_calibration_options(calibration, table_dtype, max_error)
+    check_pass_options(no_passes or [])
+    if inputs is not None and not verify_result:
+        raise InputError("expected --verify with --inputs, which are compared on, found --no-verify")
     with show_progress(quiet or as_json) as progress:
         result = api.export(
             checkpoint,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lmkan_deploy.commands.arrays import read_feeds
+from lmkan_deploy.commands.help import Command
 from lmkan_deploy.commands.options import (
     CalibrationFile,
     ExternalData,
@@ -17,8 +18,29 @@ from lmkan_deploy.commands.options import (
     Quiet,
     RelativeTolerance,
     TableDtypeOption,
+    check_calibration_options,
+    check_pass_options,
+    file_to_write,
 )
 from lmkan_deploy.commands.terminal import show_progress
+
+
+class OptimizeCommand(Command):
+    """Its help describes the passes, which are loaded for that alone."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes the options, and behind them the passes."""
+        super().format_options(ctx, formatter)
+        from lmkan_deploy.converters.passes import PASSES, select_passes
+
+        needed = select_passes(without=["all"])
+        with formatter.section("Passes"):
+            formatter.write_dl(
+                [
+                    (item.name, f"{item.summary}{' (always runs)' if item in needed else ''}")
+                    for item in PASSES
+                ]
+            )
 
 
 def optimize(
@@ -26,7 +48,12 @@ def optimize(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="OUTPUT", help="ONNX file to write; may be MODEL.", show_default=False
+            "--output",
+            "-o",
+            metavar="OUTPUT",
+            parser=file_to_write,
+            help="ONNX file to write; may be MODEL.",
+            show_default=False,
         ),
     ],
     passes: Passes = None,
@@ -43,9 +70,8 @@ def optimize(
 ) -> None:
     """Run the graph passes on an exported model.
 
-    The passes rewrite it into a cheaper one that computes the same; export runs them already:
-    sink-transposes, cancel-reshapes, simplify-layout, fold-scale-shift, fold-linear-branch and
-    drop-constant-pairs, until none finds anything; fold-table-transpose, clean-up and share-tables always run.
+    The passes rewrite it into a cheaper one that computes the same, until none finds anything. Export runs
+    them already.
 
     Example:
 
@@ -53,6 +79,8 @@ def optimize(
     """
     from lmkan_deploy import api
 
+    check_calibration_options(calibration, table_dtype, max_error)
+    check_pass_options(no_passes or [])
     with show_progress(quiet) as progress:
         result = api.optimize(
             model,

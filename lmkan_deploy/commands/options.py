@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from lmkan_deploy.commands import completion
 from lmkan_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ Key = Annotated[
     typer.Option(
         "--key",
         metavar="NAME",
-        help="Which network of CHECKPOINT, where it holds several in a dict: ema, or state.ema.",
+        help="Network to export where CHECKPOINT holds several: its key, such as ema or state.ema.",
     ),
 ]
 RelativeTolerance = Annotated[
@@ -72,13 +73,18 @@ Passes = Annotated[
     typer.Option(
         "--passes",
         metavar="NAME",
-        help="Run this graph pass and no others. May be repeated. Default: all; optimize --help lists them.",
+        help="Run this graph pass, those that every model needs, and no others. May be repeated. Default: all; "
+        "optimize --help lists them.",
+        autocompletion=completion.passes,
     ),
 ]
 NoPasses = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
-        "--no-passes", metavar="NAME", help="Leave out this graph pass, or 'all' of them. May be repeated."
+        "--no-passes",
+        metavar="NAME",
+        help="Leave out this graph pass, or 'all' but those that every model needs. May be repeated.",
+        autocompletion=completion.optional_passes,
     ),
 ]
 TableDtypeOption = Annotated[
@@ -89,6 +95,7 @@ TableDtypeOption = Annotated[
         help="Type of the tables in the file: float32, float16, bfloat16 or int8. Narrow ones take a half or a "
         "quarter; what their rounding costs is reported, and limited only where --rtol is given. Default: "
         "float32.",
+        autocompletion=completion.table_dtypes,
     ),
 ]
 CalibrationFile = Annotated[
@@ -167,6 +174,48 @@ RUNTIMES = (
     "onnxruntime (compiled operators), onnxruntime-function (the functions that the file carries), "
     "onnxruntime-cuda (compiled operators on the GPU) or onnx-reference (onnx's own evaluator; slow)."
 )
+
+
+def file_to_write(text: str | Path) -> Path:
+    """An --output that is a file. Path alone drops a slash at the end, by which people name folders.
+
+    Raises:
+        InputError: It is named like a folder.
+    """
+    if str(text).endswith("/"):
+        raise InputError(f"expected a file to write, found the folder {text}; name a file in it")
+    return Path(text)
+
+
+def check_pass_options(without: list[str]) -> None:
+    """Refuses to leave out what runs always.
+
+    Raises:
+        InputError: A pass can't be left out.
+    """
+    from lmkan_deploy.converters.passes import select_passes
+
+    for item in select_passes(without=["all"]):
+        if item.name in without:
+            raise InputError(
+                f"expected a pass that can be left out with --no-passes, found {item.name}, which every model "
+                "needs; optimize --help lists them"
+            )
+
+
+def check_calibration_options(
+    calibration: Path | None, table_dtype: str | None, max_error: float | None
+) -> None:
+    """Refuses real inputs that nothing would be measured on.
+
+    Raises:
+        InputError: No tables become narrow.
+    """
+    if calibration is not None and max_error is None and table_dtype in (None, "float32"):
+        raise InputError(
+            "expected narrow tables to measure with --calibration, found float32; pass --table-dtype or "
+            "--max-error, or leave it out"
+        )
 
 
 def architecture(arch: str | None, path: Path | None, arguments: str | None) -> Architecture | None:

@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from lmkan_deploy.commands.completion import package_formats
 from lmkan_deploy.packaging.package import (
     DEFAULT_MAX_BATCH,
     DEFAULT_MAX_DELAY_US,
@@ -38,6 +39,7 @@ def package(
             "-f",
             metavar="FORMAT",
             help="triton (ONNX Runtime or TensorRT backend), triton-python (Python backend), kserve or ray.",
+            autocompletion=package_formats,
         ),
     ] = "triton",
     name: Annotated[
@@ -104,7 +106,7 @@ def package(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Write a folder to deploy a model from: for Triton, KServe or Ray Serve.
+    """Write a folder for Triton, KServe or Ray Serve.
 
     The folder appears complete or not at all; README.md in it says how to start the server.
 

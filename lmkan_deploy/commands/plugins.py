@@ -7,23 +7,28 @@ from typing import Annotated, Optional
 
 import typer
 
+from lmkan_deploy.commands.completion import libraries
+from lmkan_deploy.commands.help import Command, Group
+from lmkan_deploy.commands.options import file_to_write
 from lmkan_deploy.commands.terminal import show_progress
 from lmkan_deploy.progress import Step
 
 plugins = typer.Typer(
     name="plugins",
     help="Show and build native libraries.",
+    cls=Group,
     rich_markup_mode=None,
 )
 
 
-@plugins.command("path")
+@plugins.command("path", cls=Command)
 def path(
     name: Annotated[
         str,
         typer.Argument(
             metavar="NAME",
             help="onnxruntime, onnxruntime-cuda or tensorrt; cpu or cuda for the kernels' C interfaces.",
+            autocompletion=libraries,
         ),
     ] = "onnxruntime",
     tensorrt: Annotated[
@@ -44,7 +49,8 @@ def path(
 
     Example:
 
-        trtexec --onnx=m.onnx --dynamicPlugins=$(lmkan-deploy plugins path tensorrt)
+        plugin=$(lmkan-deploy plugins path tensorrt)
+        trtexec --onnx=m.onnx --dynamicPlugins=$plugin
     """
     from lmkan_deploy.errors import LibraryError
     from lmkan_deploy.runtime.libraries import get_library_path
@@ -58,7 +64,7 @@ def path(
     typer.echo(get_library_path(name))
 
 
-@plugins.command("build")
+@plugins.command("build", cls=Command)
 def build(
     tensorrt_include: Annotated[
         Path,
@@ -72,7 +78,11 @@ def build(
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
-            "--output", "-o", metavar="OUTPUT", help="Library to write. Default: a file in the user's cache."
+            "--output",
+            "-o",
+            metavar="OUTPUT",
+            parser=file_to_write,
+            help="Library to write. Default: a file in the user's cache.",
         ),
     ] = None,
 ) -> None:

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from lmkan_deploy.commands.arrays import check_suffix, read_arrays, write_arrays
-from lmkan_deploy.commands.options import RUNTIMES, CudaGraphs, Device, Plugin, Quiet, Threads
+from lmkan_deploy.commands.completion import runtimes
+from lmkan_deploy.commands.options import (
+    RUNTIMES,
+    CudaGraphs,
+    Device,
+    Plugin,
+    Quiet,
+    Threads,
+    file_to_write,
+)
 from lmkan_deploy.commands.terminal import show_progress
 from lmkan_deploy.progress import Step
 
@@ -31,11 +40,18 @@ def run(
             "--output",
             "-o",
             metavar="OUTPUT",
+            parser=file_to_write,
             help="Where to write the outputs: .npz, or .npy for a single one.",
         ),
     ] = Path("outputs.npz"),
     runtime: Annotated[
-        str, typer.Option("--runtime", metavar="NAME", help=f"What to run it with: {RUNTIMES}")
+        str,
+        typer.Option(
+            "--runtime",
+            metavar="NAME",
+            help=f"What to run it with: {RUNTIMES}",
+            autocompletion=runtimes,
+        ),
     ] = "onnxruntime",
     threads: Threads = None,
     device: Device = 0,

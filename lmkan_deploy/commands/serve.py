@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from lmkan_deploy.commands.completion import log_formats, runtimes
 from lmkan_deploy.commands.options import Device, Plugin
 from lmkan_deploy.errors import InputError
 
@@ -76,7 +77,9 @@ def serve(
     timeout: Annotated[
         float,
         typer.Option(
-            min=0.0, metavar="SECONDS", help="Longest time for a request, unless it asks for less; 0 for any."
+            min=0.0,
+            metavar="SECONDS",
+            help="Longest time for a request, unless it asks for less; 0 for no limit.",
         ),
     ] = 30.0,
     max_body_mb: Annotated[
@@ -104,7 +107,9 @@ def serve(
     runtime: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="What runs ONNX files: onnxruntime, onnxruntime-cuda, ... as in run."
+            metavar="NAME",
+            help="What runs ONNX files: onnxruntime, onnxruntime-cuda, ... as in run.",
+            autocompletion=runtimes,
         ),
     ] = "onnxruntime",
     device: Device = 0,
@@ -148,7 +153,10 @@ def serve(
         Optional[Path],  # noqa: UP045
         typer.Option("--tls-key", metavar="FILE", help="Key (PEM) for TLS."),
     ] = None,
-    log_format: Annotated[str, typer.Option(metavar="FORMAT", help="text, or json: a line each.")] = "text",
+    log_format: Annotated[
+        str,
+        typer.Option(metavar="FORMAT", help="text, or json: a line each.", autocompletion=log_formats),
+    ] = "text",
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Log every request.")] = False,
 ) -> None:
     """Serve models over HTTP and gRPC.

@@ -87,7 +87,9 @@ def keep_output_open() -> None:
             stream = io.TextIOWrapper(io.BufferedWriter(raw), "utf-8")
         else:
             options = {"line_buffering": old.line_buffering, "write_through": old.write_through}
-            stream = io.TextIOWrapper(io.BufferedWriter(raw), old.encoding, old.errors, **options)
+            # A character that the terminal has no code for becomes "?", rather than an error.
+            errors = "replace" if old.errors in ("strict", "surrogateescape") else old.errors
+            stream = io.TextIOWrapper(io.BufferedWriter(raw), old.encoding, errors, **options)
         setattr(sys, name, stream)
 
 

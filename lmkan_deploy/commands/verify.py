@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from lmkan_deploy.commands.arrays import read_arrays, tensor_names
+from lmkan_deploy.commands.completion import runtimes
 from lmkan_deploy.commands.options import (
     MAX_SIZE,
     RUNTIMES,
@@ -73,6 +74,7 @@ def verify(
             "--runtime",
             metavar="NAME",
             help=f"What to compare: {RUNTIMES} May be repeated. Default: the first two.",
+            autocompletion=runtimes,
         ),
     ] = None,
     device: Device = 0,
