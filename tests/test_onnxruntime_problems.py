@@ -47,7 +47,8 @@ def input_from_nowhere(model: onnx.ModelProto) -> None:
     [
         (
             without_function,
-            r"or the function of lmkan::LMKAN2D in m\.onnx, found neither; .*lmkan-deploy optimize",
+            r"function of lmkan::LMKAN2D in m\.onnx, which the runtime onnxruntime-function needs, found none; "
+            r"let lmkan-deploy optimize add it, or .* --runtime onnxruntime$",
         ),
         (newer_format, r"IR version \d+ or earlier, found 99 in m\.onnx; install a later release"),
         (newer_opset, r"expected opset \d+ of ai\.onnx .*, found 99 in m\.onnx; export with --opset"),
@@ -89,6 +90,64 @@ def test_weights_that_are_missing_or_cut_short(stack: ExportedStack, tmp_path: P
         ModelError, match=r"weights of m\.onnx in .*m\.onnx\.data, found no such file; copy it"
     ):
         load_runner(path)
+
+
+def with_table(stack: ExportedStack, path: Path, table: np.ndarray) -> Path:
+    """The stack's first layer with another table."""
+    model = onnx.load(stack.onnx)
+    name = next(node.input[1] for node in model.graph.node if node.op_type == "LMKAN2D")
+    old = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    old.CopyFrom(onnx.numpy_helper.from_array(table.astype(np.float32), name))
+    onnx.save(model, path)
+    return path
+
+
+def table_of(stack: ExportedStack) -> np.ndarray:
+    model = onnx.load(stack.onnx)
+    name = next(node.input[1] for node in model.graph.node if node.op_type == "LMKAN2D")
+    return onnx.numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == name)).copy()
+
+
+def test_the_operators_words_stand_alone(stack: ExportedStack, tmp_path: Path) -> None:
+    table = table_of(stack)
+    table[0, 0, 0, 0] = np.nan
+    with pytest.raises(
+        ModelError,
+        match=r'^m\.onnx: LMKAN2D node ".*": expected finite values in table, found 1 NaN .* training diverged$',
+    ):
+        load_runner(with_table(stack, tmp_path / "m.onnx", table))
+    wrong = np.zeros((len(table), 3, 3, table.shape[-1]))
+    with pytest.raises(
+        ModelError,
+        match=r'^m\.onnx: LMKAN2D node ".*": expected table .*, found \[.*\]; export the model again$',
+    ):
+        load_runner(with_table(stack, tmp_path / "m.onnx", wrong))
+
+
+def test_features_and_tables_that_contradict_each_other(stack: ExportedStack, tmp_path: Path) -> None:
+    table = table_of(stack)
+    path = with_table(stack, tmp_path / "m.onnx", np.concatenate([table, table]))
+    spec = load_runner(path).inputs[0]
+    feeds = {spec.name: np.zeros([3 if isinstance(size, str) else size for size in spec.shape], np.float32)}
+    pairs = 2 * len(table)
+    with pytest.raises(
+        InputError,
+        match=rf'^LMKAN2D node ".*": expected x \[..., {2 * pairs}\] because the table has {pairs} pairs of .*; '
+        rf"give x {2 * pairs} features, or export the model again$",
+    ):
+        load_runner(path).run(feeds)
+    with pytest.raises(
+        InputError,
+        match=r"^expected features and a table that fit each other in a lookup layer, found features \[3, .*\] "
+        rf"and a table of {pairs} pairs; lmkan-deploy inspect names the layers$",
+    ):
+        load_runner(path, "onnxruntime-function").run(feeds)
+    path = with_table(stack, path, table[:, :, :-1])
+    with pytest.raises(
+        InputError,
+        match=r"^expected tables \[pairs, .* found another in a lookup layer; lmkan-deploy inspect names it",
+    ):
+        load_runner(path, "onnxruntime-function").run({spec.name: np.full_like(feeds[spec.name], 90)})
 
 
 def save_one_node(path: Path, node: onnx.NodeProto, input_type: int) -> None:

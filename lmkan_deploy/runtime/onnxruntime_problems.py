@@ -20,9 +20,9 @@ _LOADING = (
         "later release than ONNX Runtime {release}",
     ),
     (
-        r"(lmkan):(\w+)\(-?\d+\) is not a registered function/op",
-        "expected the compiled operators, or the function of {0}::{1} in {file}, found neither; run it with the "
-        "compiled operators, or let lmkan-deploy optimize add the function",
+        r"lmkan:(LMKAN2D\w*)\(-?\d+\) is not a registered function/op",
+        "expected the function of lmkan::{0} in {file}, which the runtime onnxruntime-function needs, found "
+        "none; let lmkan-deploy optimize add it, or use the compiled operators alone, --runtime onnxruntime",
     ),
     (
         r"Fatal error: ([\w.]+:\w+)\(-?\d+\) is not a registered function/op",
@@ -51,6 +51,18 @@ _LOADING = (
 )
 """Regular expression of a message -> what to say, with its groups."""
 
+_OPERATOR = re.compile(r'(LMKAN2D\w*) node "(.*?)": (expected .*)', re.DOTALL)
+"""What the compiled operators say themselves."""
+
+# ONNX Runtime names the nodes of an inlined function after it, or, where they have no names, not at all.
+_INLINED = r"running {} node\. Name:'(?:|\w*_inlfunc_\w*LMKAN2D\w*)' Status Message: "
+_FEATURES = re.compile(
+    _INLINED.format("Reshape") + r".*Input shape:\{([\d,]*)\}, requested shape:\{-1,(\d+),2\}", re.DOTALL
+)
+_TABLE = re.compile(
+    _INLINED.format("(?:Gather|MatMul)") + r".*(?:out of data bounds|dimension mismatch)", re.DOTALL
+)
+
 _NO_MEMORY = re.compile(r"Failed to allocate memory|bad_alloc|bad allocation")
 _NOISE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?")
 
@@ -67,6 +79,8 @@ def load_problem(file: str, message: str, release: str) -> str:
         found = re.search(pattern, message, re.DOTALL)
         if found:
             return words.format(*found.groups(), file=file, release=release)
+    if own := _OPERATOR.search(message):
+        return f"{file}: {_own_words(own)}"
     if _NO_MEMORY.search(message):
         return f"expected memory for {file} and twice its tables, found too little; use narrower tables"
     return (
@@ -81,10 +95,29 @@ def run_problem(message: str) -> str:
         return (
             "expected memory for the model's intermediate results, found too little; run fewer rows at a time"
         )
-    said = _said(message)
-    # The operators of this package say what helps.
-    advice = "" if "expected " in said else "; check that the network takes inputs of these sizes and values"
-    return f"ONNX Runtime could not run the model: {said}{advice}"
+    if own := _OPERATOR.search(message):
+        return _own_words(own)
+    if misfit := _FEATURES.search(message):
+        shape, pairs = misfit.groups()
+        return (
+            "expected features and a table that fit each other in a lookup layer, found features "
+            f"[{shape.replace(',', ', ')}] and a table of {pairs} pairs; lmkan-deploy inspect names the layers"
+        )
+    if _TABLE.search(message):
+        return (
+            "expected tables [pairs, G+1, G+1, outputs] with equal grid axes and G >= 3, found another in a "
+            "lookup layer; lmkan-deploy inspect names it"
+        )
+    return (
+        f"ONNX Runtime could not run the model: {_said(message)}; check that the network takes inputs of these "
+        "sizes and values"
+    )
+
+
+def _own_words(found: re.Match[str]) -> str:
+    """What an operator of this package says, which ends in what helps."""
+    op_type, name, words = found.groups()
+    return f'{op_type} node "{name}": {" ".join(words.split())}'
 
 
 def _said(message: str) -> str:
