@@ -35,7 +35,7 @@ def print_export(result: ExportResult) -> None:
     _print_layers(info)
     for note in result.notes:
         _print(f"note: {note}")
-    _print_costs(result.tables)
+    _print_costs(result.tables, "--calibration")
     if result.verification is None:
         _print("not verified")
         return
@@ -59,7 +59,7 @@ def print_optimization(result: OptimizeResult) -> None:
     _print((str(result.path), "bold"), f"  {result.nodes_before} -> {result.nodes_after} nodes")
     _print_passes({name: outcome.applied for name, outcome in result.outcomes.items()}, "")
     _print_passes({name: outcome.refused for name, outcome in result.outcomes.items()}, "not ")
-    _print_costs(result.tables)
+    _print_costs(result.tables, "--calibration")
     if result.verification is not None:
         worst = max(comparison.max_rel for comparison in result.verification.comparisons)
         compared = f"against the original on {_data(result.verification)}"
@@ -72,46 +72,68 @@ def _print_passes(lines: dict[str, list[str]], prefix: str) -> None:
             _print(f"  {prefix}{name}: {entry}")
 
 
-def print_verification(result: Verification) -> None:
-    """All comparisons, and the first bad element of each that failed."""
+def print_verification(result: Verification, narrow: str | None = None) -> None:
+    """All comparisons, and the first bad element of each that failed.
+
+    Args:
+        result: What was compared.
+        narrow: Types of the model's tables that round, where there are any.
+    """
     for runner in dict.fromkeys(c.runner for c in result.comparisons):
         _console.print(_comparison_table(f"{runner} against {result.reference}", result, runner))
     failed = [c for c in result.comparisons if not c.passed]
     for c in failed:
         _print((f"{c.runner}, {c.case}:", "red"), f" {_failure(c)}")
-    _print_costs(result.tables)
+    _print_costs(result.tables, "--inputs")
     total = len(result.comparisons)
-    if failed:
+    if failed and total == 1:
+        _print(("the comparison failed", "bold red"))
+    elif failed:
         _print((f"{len(failed)} of {total} comparisons failed", "bold red"))
     else:
-        _print((f"all {total} comparisons passed", "green"))
+        _print(("the comparison passed" if total == 1 else f"all {total} comparisons passed", "green"))
+    if failed and narrow is not None:
+        _print(f"{narrow} tables round, and networks amplify it: --rtol allows more")
 
 
 def _comparison_table(title: str, result: Verification, runner: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("inputs", no_wrap=True)
-    table.add_column("output")
+    table = _table(title)
+    table.add_column("inputs", overflow="fold", min_width=6)
+    table.add_column("output", overflow="fold", min_width=6)
     for name in ("max abs", "p99 abs", "max rel", "p99 rel", "allowed"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for c in result.comparisons:
         if c.runner != runner:
             continue
-        verdict = Text("ok", "green") if c.passed else Text("FAILED", "bold red")
+        verdict = Text("ok", "green") if c.passed else Text("FAIL", "bold red")
         errors = (c.max_abs, c.p99_abs, c.max_rel, c.p99_rel, c.rtol)
         cells = ("" if c.problem is not None else f"{error:.1e}" for error in errors)
         table.add_row(c.case, Text(c.output), *cells, verdict)
     return table
 
 
-def _print_costs(costs: TableCosts | None) -> None:
-    """What every layer's narrow table costs, and what the other types would."""
+def _table(title: str | None = None) -> Table:
+    """A table that leaves the terminal's width to what it holds."""
+    gap = 1 if _console.width >= 80 else 0  # besides the box's own
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0)
+    )
+
+
+def _print_costs(costs: TableCosts | None, option: str) -> None:
+    """What every layer's narrow table costs, and what the other types would.
+
+    Args:
+        costs: What was measured; None for nothing.
+        option: What gives inputs to measure on.
+    """
     if costs is None or not costs.layers:
         return
     _print((f"largest relative error with one narrow table at a time, on {costs.data}", "bold"))
     dtypes = sorted({dtype for cost in costs.layers for dtype in cost.errors}, key=TABLE_DTYPES.index)
-    table = Table()
-    table.add_column("lookup layer")
+    table = _table()
+    table.add_column("layer", overflow="fold", min_width=6)
     table.add_column("type", no_wrap=True)
     table.add_column("table", justify="right", no_wrap=True)
     for dtype in dtypes:
@@ -123,6 +145,8 @@ def _print_costs(costs: TableCosts | None) -> None:
     _console.print(table)
     size = _bytes(sum(cost.table_bytes for cost in costs.layers))
     _print(f"all tables, {size}: largest relative error {costs.together:.1e}")
+    if costs.data == "random inputs":
+        _print(f"random inputs may lie far outside of a network's data: {option} measures on yours")
 
 
 def _failure(comparison: Comparison) -> str:
@@ -143,9 +167,7 @@ def print_latencies(latencies: Sequence[Latency]) -> None:
         title = f"batch {asked}" if asked is not None else "given inputs"
         if len(batches) == 1:
             title = f"batch {found[0].batch}"
-        table = Table(
-            title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-        )
+        table = _table(title)
         table.add_column("model", overflow="fold")
         for name in ("median", "p90", "p99", "rows/s", "time / first"):
             table.add_column(name, justify="right", no_wrap=True)
@@ -198,9 +220,21 @@ def print_engine(path: Path, manifest: Manifest) -> None:
 
 def _print_rows(rows: dict[str, str]) -> None:
     grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
     for name, value in rows.items():
         grid.add_row(Text(name, "dim"), Text(value))
     _console.print(grid)
+
+
+_METADATA = {
+    "version": "lmkan-deploy",
+    "checkpoint_sha256": "SHA-256",
+    "checkpoint_kind": "kind",
+    "torch_version": "PyTorch",
+    "onnx_version": "onnx",
+}
+"""What notes of an export are called where their keys are no words."""
 
 
 def print_model(info: ModelInfo) -> None:
@@ -214,17 +248,14 @@ def print_model(info: ModelInfo) -> None:
         "opsets": f"{opsets}; IR version {info.ir_version}",
         "function": "present: runs in every ONNX runtime"
         if info.has_function
-        else "absent: needs the custom op",
+        else "absent: needs the compiled operator",
         "other nodes": other or "none",
     }
-    grid = Table.grid(padding=(0, 2))
-    for name, value in rows.items():
-        grid.add_row(Text(name, "dim"), Text(value))
     for key, value in info.metadata.items():
         name = key.removeprefix("lmkan_deploy.")
         if not name.startswith("passes_"):
-            grid.add_row(Text(name, "dim"), Text(value))
-    _console.print(grid)
+            rows[_METADATA.get(name, name)] = value
+    _print_rows(rows)
     _print(("passes", "dim"))
     _print_passes(info.passes_applied, "")
     _print_passes(info.passes_refused, "not ")
@@ -238,8 +269,11 @@ def print_model(info: ModelInfo) -> None:
 
 
 def _print_layers(info: ModelInfo) -> None:
-    table = Table()
-    table.add_column("lookup layer")
+    if not info.layers:
+        _print("no lookup layers")
+        return
+    table = _table()
+    table.add_column("layer", overflow="fold", min_width=6)
     for name in ("N_in", "N_out", "G", "parameters", "table", "type", "mult-adds"):
         table.add_column(name, justify="right", no_wrap=True)
     for layer in info.layers:
@@ -267,7 +301,7 @@ def _print_layers(info: ModelInfo) -> None:
             "",
             f"{sum(layer.multiply_adds for layer in info.layers):,}",
         )
-    _console.print(table if info.layers else "no lookup layers")
+    _console.print(table)
 
 
 def _bytes(size: int) -> str:

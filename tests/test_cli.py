@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import inspect
 import io
 import json
@@ -773,3 +774,36 @@ def test_what_was_compared_is_named(stack: ExportedStack, tmp_path: Path) -> Non
     assert "note: assumed no layers without weights, such as activations" in output
     output = cli("export", stack.checkpoint, "-o", tmp_path / "m.onnx", "-i", tmp_path / "x.npy").stdout
     assert "verified onnxruntime against PyTorch on random and given inputs: largest" in output
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_tables_fit_the_terminal(columns: int, stack: ExportedStack) -> None:
+    terminal = {**os.environ, "COLUMNS": str(columns)}
+    shown = cli("inspect", stack.onnx, env=terminal).stdout
+    assert re.search(r"^ layer +N_in +N_out +G +parameters +table +type +mult-adds", shown, re.MULTILINE)
+    assert re.search(r"^ total +", shown, re.MULTILINE)
+    for name in ("kind", "SHA-256", "PyTorch", "onnx", "lmkan-deploy"):
+        assert re.search(rf"^{name}  ", shown, re.MULTILINE), name
+    sha256 = hashlib.sha256(stack.checkpoint.read_bytes()).hexdigest()
+    assert sha256 in "".join(shown.split())
+    failing = cli("verify", stack.onnx, "--rtol", 0, env=terminal).stdout
+    header = " inputs +output +max abs +p99 abs +max rel +p99 rel +allowed"
+    assert len(re.findall(f"^{header}", failing, re.MULTILINE)) == 1
+    assert re.search("0.0e[+]00 +FAIL", failing)
+    tables = [line for line in (shown + failing).splitlines() if line.startswith(" ") and ": " not in line]
+    assert max(map(len, tables)) <= columns
+    assert "…" not in shown + failing
+
+
+def test_what_is_said_of_narrow_tables(stack: ExportedStack, tmp_path: Path) -> None:
+    narrow = tmp_path / "int8.onnx"
+    hint = "random inputs may lie far outside of a network's data: --calibration measures on yours\n"
+    assert hint in cli("optimize", stack.onnx, "-o", narrow, "--table-dtype", "int8").stdout
+    np.save(tmp_path / "x.npy", np.zeros((3, 10), np.float32))
+    call = ("-i", tmp_path / "x.npy", "--rtol", 1e-9)
+    failing = cli("verify", narrow, "--reference", stack.onnx, *call).stdout
+    assert failing.endswith("int8 tables round, and networks amplify it: --rtol allows more\n")
+    np.save(tmp_path / "y.npy", lmkan_deploy.run(stack.onnx, {"x": np.zeros((3, 10), np.float32)})["y"])
+    one = ("-i", tmp_path / "x.npy", "--outputs", tmp_path / "y.npy", "--runtime", "onnxruntime")
+    assert cli("verify", stack.onnx, *one).stdout.endswith("\nthe comparison passed\n")
+    assert "the comparison failed\n" in cli("verify", narrow, *one, "--rtol", 1e-9).stdout

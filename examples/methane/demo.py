@@ -106,6 +106,11 @@ def deploy(network: model.MethaneNet, test_set: molecules.Molecules) -> None:
     np.savez(ROOT / TEST_INPUTS, positions=test_set.positions)
     command("export", CHECKPOINT, *ARCHITECTURE)
     command("verify", ONNX_FILE, "--checkpoint", CHECKPOINT, *ARCHITECTURE, "--inputs", TEST_INPUTS)
+    console.print(
+        "Random positions lie far outside of the data: outputs and differences are large there. The given ones "
+        "are the test set.",
+        style="dim",
+    )
     command("inspect", ONNX_FILE)
 
 

@@ -157,6 +157,16 @@ def verify(
     elif not quiet:
         from lmkan_deploy import report
 
-        report.print_verification(result)
+        report.print_verification(result, None if result.passed else _narrow_types(model))
     if not result.passed:
         raise typer.Exit(1)
+
+
+def _narrow_types(model: Path) -> str | None:
+    """Types of a model's tables that round, as words."""
+    if model.suffix == ".engine":
+        return None
+    from lmkan_deploy import api
+
+    found = dict.fromkeys(layer.table_dtype for layer in api.inspect(model).layers)
+    return " and ".join(name for name in found if name != "float32") or None
