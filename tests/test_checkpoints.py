@@ -323,6 +323,16 @@ def test_damaged_directories_of_archives(offset: int, tmp_path: Path) -> None:
     assert zipfile.is_zipfile(tmp_path / "model.pt")
 
 
+def test_archives_that_span_disks(tmp_path: Path) -> None:
+    torch.save(make_stack(4, 2).state_dict(), tmp_path / "model.pt")
+    content = bytearray((tmp_path / "model.pt").read_bytes())
+    locator = content.rindex(b"PK\x06\x07")
+    content[locator + 16] = 2
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="copy it again, or save it again$"):
+        lmkan_deploy.load_checkpoint(tmp_path / "model.pt")
+
+
 def test_small_files_ask_for_little_memory(tmp_path: Path) -> None:
     """A table that shows one number 1.9 billion times is refused before a layer is built."""
     table = torch.zeros(1).as_strided((4, 4, 3000, 40000), (0, 0, 0, 0))

@@ -92,9 +92,9 @@ def archive_names(path: Path) -> list[str]:
     Raises:
         CheckpointError: Its directory is damaged.
     """
-    if not zipfile.is_zipfile(path):
-        return []
     try:
+        if not zipfile.is_zipfile(path):
+            return []
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, struct.error) as error:
@@ -155,7 +155,7 @@ def _check_program(path: Path) -> None:
                 if not _SAFE_FILES.fullmatch(name):
                     raise _unsafe(path, f"holds {name!r}")
             documents = [json.loads(archive.read(name)) for name in names if name.endswith(".json")]
-    except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, RuntimeError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"could not read {path} as a torch.export archive: {one_line(error)}; copy it again, or save it again"
         ) from error

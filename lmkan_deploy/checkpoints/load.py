@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -104,8 +103,8 @@ def _check_file(path: Path) -> None:
 
 
 def _load_content(path: Path, architecture: Architecture, trust_pickle: bool) -> Any:
-    is_zip = zipfile.is_zipfile(path)
-    if any(name.endswith("constants.pkl") for name in archive_names(path)):
+    names = archive_names(path)
+    if any(name.endswith("constants.pkl") for name in names):
         raise CheckpointError(
             f"expected a state dict, a torch.export archive or a pickled module, found the TorchScript "
             f"archive {path}; save model.state_dict() instead"
@@ -124,9 +123,9 @@ def _load_content(path: Path, architecture: Architecture, trust_pickle: bool) ->
             # About pickles of newer protocols, which the loader refuses.
             warnings.simplefilter("ignore", UserWarning)
             # Tensors of a zip file stay on disk until they are used.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=bool(names))
     except pickle.UnpicklingError as error:
-        if not is_zip and not _starts_with(path, pickle.PROTO):
+        if not names and not _starts_with(path, pickle.PROTO):
             raise _unreadable(path, error) from error
         if not trust_pickle:
             raise CheckpointError(
@@ -168,7 +167,7 @@ def _load_pickle(path: Path, architecture: Architecture) -> Any:
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     # PyTorch adds what it guesses, which is no help to those who only have the file.
-    reason = re.split(r"\. This is an internal miniz error|\s*\(Could this error", one_line(error))[0]
+    reason = re.split(r"\. This is an internal miniz error|\s*\(Could this error", one_line(error))[0][:200]
     return CheckpointError(
         f"expected a PyTorch checkpoint, could not read {path}: {reason}; the file is truncated, damaged or "
         "of another format: copy it again, or save it again"
