@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmkan_deploy.acceptance import allowed_error, own_tolerance, require_agreement, require_passed
-from lmkan_deploy.errors import CheckpointError, EngineError, ExportError, LibraryError
+from lmkan_deploy.errors import CheckpointError, EngineError, ExportError, InputError, LibraryError
 from lmkan_deploy.inspection import ModelInfo, inspect_model
 from lmkan_deploy.progress import Progress, Step, no_progress
 from lmkan_deploy.runtime.axis_limits import AxisLimits, noted_limits
@@ -125,6 +125,10 @@ def export(
     """
     check_tolerance(rtol)
     _check_table_options(table_dtype, calibration, max_error)
+    if inputs is not None and not check:
+        raise ExportError(
+            "expected inputs for a comparison alone, found them without one; leave out --no-verify"
+        )
     if opset is not None and opset > MAX_OPSET:
         raise ExportError(f"expected ONNX opset {MAX_OPSET} or earlier, found {opset}; pass another --opset")
     path = None if output is None else output_file(output)
@@ -138,6 +142,7 @@ def export(
     progress(Step("loading the checkpoint"))
     architecture = _architecture(architecture)
     loaded = load_checkpoint(checkpoint, architecture, trust_pickle=trust_pickle, key=key)
+    _require_use(architecture, loaded)
     if path is None:
         path = output_file(loaded.path.with_suffix(".onnx"))
     if path.exists() and path.samefile(checkpoint):
@@ -145,7 +150,20 @@ def export(
     progress(Step("exporting to ONNX"))
     specs = _input_specs(loaded, input_shapes)
     model = _convert(loaded, specs, opset, selected)
-    model.metadata_props.update(_provenance(loaded, architecture, input_shapes, key))
+    options = {
+        "input_shapes": list(_texts(input_shapes)),
+        "arch": None if architecture is None else architecture.factory,
+        "arch_args": architecture.arguments if architecture is not None and architecture.factory else None,
+        "key": key,
+        "trust_pickle": trust_pickle or None,
+        "opset": opset,
+        "passes": None if passes is None else list(passes),
+        "no_passes": list(_texts(without_passes)) or None,
+        "table_dtype": table_dtype,
+        "max_error": max_error,
+        "calibrated": calibration is not None or None,
+    }
+    model.metadata_props.update(_provenance(loaded, options))
     limits = noted_limits(model.metadata_props)
     names = [str(value.name) for value in model.graph.outputs]
     reference = _torch_runner(loaded, specs, names)
@@ -175,7 +193,8 @@ def export(
             require_agreement(staged, cases, rtol, progress)
         if check:
             verification = verified(staged, _telling(cases, given), allowed_error(rtol, narrow))
-    return ExportResult(path, loaded.kind, notes, verification, costs, inspect_model(path))
+        info = replace(inspect_model(staged), path=str(path))
+    return ExportResult(path, loaded.kind, notes, verification, costs, info)
 
 
 @dataclass(frozen=True)
@@ -290,7 +309,7 @@ def verify(
     device: int = 0,
     plugin: str | Path | None = None,
     cuda_graphs: bool = False,
-    batch_sizes: Sequence[int] | None = None,
+    batch_sizes: int | Sequence[int] | None = None,
     seed: int = 0,
     rtol: float | None = None,
     progress: Progress = no_progress,
@@ -324,6 +343,23 @@ def verify(
     Raises:
         LmkanError: A file can't be loaded, or the reference does not take an input.
     """
+    references = {"checkpoint": checkpoint, "outputs": outputs, "reference_model": reference_model}
+    several = [name for name, reference in references.items() if reference is not None]
+    if len(several) > 1:
+        raise InputError(
+            f"expected one thing to compare with, found {' and '.join(several)}; pass one of them"
+        )
+    of_checkpoint = {"architecture": architecture, "key": key, "input_shapes": list(input_shapes) or None}
+    unused = [name for name, value in of_checkpoint.items() if value is not None]
+    if checkpoint is None and unused:
+        raise InputError(f"expected a checkpoint for {' and '.join(unused)}, found none; pass it")
+    if seed < 0:
+        raise InputError(f"expected a seed of at least 0, found {seed}")
+    runtimes = _texts(runtimes)  # type: ignore[assignment]
+    if not runtimes:
+        raise InputError("expected a runtime to compare, found none; pass onnxruntime, for example")
+    if isinstance(batch_sizes, int):
+        batch_sizes = [batch_sizes]
     progress(Step("loading"))
     is_engine = Path(model).suffix == ".engine"
     if is_engine and checkpoint is None and outputs is None and reference_model is None:
@@ -499,6 +535,23 @@ def _layer_costs(
     return Calibration(wide, cases).costs_of(narrowed, progress)
 
 
+def _require_use(architecture: Architecture | None, loaded: Checkpoint) -> None:
+    """Refuses a factory that built nothing, rather than note it in the model."""
+    if (
+        architecture is not None
+        and architecture.factory is not None
+        and loaded.kind
+        in (
+            "exported program",
+            "pickled module",
+        )
+    ):
+        raise CheckpointError(
+            f"expected no --arch for a {loaded.kind}, which holds its own network, found {architecture.factory}; "
+            "leave it out"
+        )
+
+
 def _telling(cases: Mapping[str, Arrays], calibration: Arrays | None) -> Mapping[str, Arrays]:
     """Inputs that tell what narrow tables cost: real ones where there are any."""
     if calibration is None:
@@ -511,6 +564,10 @@ def _check_table_options(
     table_dtype: TableDtype | None, calibration: Feeds | None, max_error: float | None
 ) -> None:
     if max_error is None:
+        if calibration is not None and table_dtype in (None, "float32"):
+            raise ExportError(
+                "expected narrow tables with --calibration, found float32 ones; pass --table-dtype or --max-error"
+            )
         return
     if table_dtype is not None:
         raise ExportError(
@@ -601,17 +658,11 @@ def _torch_runner(
     return TorchRunner(checkpoint.module, specs, output_names)
 
 
-def _provenance(
-    checkpoint: Checkpoint, architecture: Architecture | None, input_shapes: Sequence[str], key: str | None
-) -> dict[str, str]:
+def _provenance(checkpoint: Checkpoint, options: Mapping[str, Any]) -> dict[str, str]:
+    """Where a model comes from, for its metadata; options that are None were not given."""
     import onnx
     import torch
 
-    options: dict[str, Any] = {"input_shapes": list(_texts(input_shapes))}
-    if architecture is not None and architecture.factory is not None:
-        options |= {"arch": architecture.factory, "arch_args": architecture.arguments}
-    if key is not None:
-        options["key"] = key
     return {
         "lmkan_deploy.version": __version__,
         "lmkan_deploy.checkpoint": checkpoint.path.name,
@@ -619,5 +670,5 @@ def _provenance(
         "lmkan_deploy.checkpoint_kind": checkpoint.kind,
         "lmkan_deploy.torch_version": torch.__version__,
         "lmkan_deploy.onnx_version": onnx.__version__,
-        "lmkan_deploy.options": json.dumps(options),
+        "lmkan_deploy.options": json.dumps({k: v for k, v in options.items() if v is not None}),
     }

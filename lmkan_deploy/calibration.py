@@ -132,26 +132,21 @@ class Calibration:
         """What each narrow table of another model costs, alone.
 
         Args:
-            narrowed: A model with lookup nodes of the same names.
+            narrowed: A model with the same lookup nodes: of the same names, or as many where nodes have none.
             progress: Called at each step.
 
         Raises:
-            ModelError: A lookup node has no counterpart.
+            ModelError: The lookup nodes are not the same ones.
         """
         result = []
         tables: set[tuple[int, str]] = set()
-        others = {name_of(node): node for node in all_lookups(narrowed)}
-        for index, node in enumerate(self._nodes):
-            other = others.get(name_of(node))
-            if other is None:
-                raise ModelError(
-                    f"expected a lookup layer {name_of(node)} in both models, found {', '.join(others) or 'none'}"
-                )
+        others = _counterparts(self._nodes, list(all_lookups(narrowed)))
+        for index, (node, other) in enumerate(zip(self._nodes, others, strict=True)):
             dtype = table_dtype_of(other)
             errors: dict[str, float] = {}
             if dtype != table_dtype_of(node):
                 progress(Step(f"measuring {name_of(node)} in {dtype}", index, len(self._nodes)))
-                errors[dtype] = self._error_of(_with_table_of(self._model, node, other))
+                errors[dtype] = self._error_of(_with_table_of(self._model, index, other))
             result.append(TableCost(name_of(node), dtype, _bytes_once(other, dtype, tables), errors))
         return TableCosts(result, self._error_of(narrowed), self._data)
 
@@ -239,10 +234,25 @@ def _thin(rows: NDArray[Any]) -> NDArray[Any]:
     return rows[:: -(-len(rows) // _MOST_ROWS)] if len(rows) > _MOST_ROWS else rows
 
 
-def _with_table_of(model: ir.Model, node: ir.Node, other: ir.Node) -> ir.Model:
-    """A model in which one lookup node has the table of a node of another model."""
+def _counterparts(nodes: Sequence[ir.Node], others: Sequence[ir.Node]) -> list[ir.Node]:
+    """For each node the one of its name, or the one in its place where names are missing or repeated."""
+    names, other_names = [node.name for node in nodes], [node.name for node in others]
+    if all(names) and all(other_names) and len(set(names)) == len(names):
+        by_name = dict(zip(other_names, others, strict=True))
+        missing = next((name for name in names if name not in by_name), None)
+        if missing is None:
+            return [by_name[name] for name in names]
+        found = ", ".join(map(str, other_names)) or "none"
+        raise ModelError(f"expected a lookup layer {missing} in both models, found {found}")
+    if len(nodes) != len(others):
+        raise ModelError(f"expected {len(nodes)} lookup layers in both models, found {len(others)}")
+    return list(others)
+
+
+def _with_table_of(model: ir.Model, index: int, other: ir.Node) -> ir.Model:
+    """A model in which the lookup node in one place has the table of a node of another model."""
     result = model.clone()
-    copy = next(n for n in lookups(result) if name_of(n) == name_of(node))
+    copy = list(lookups(result))[index]
     arrays = [constant(other.inputs[1])]
     if is_quantized_lookup(other):
         arrays.append(constant_scales(other))
@@ -250,9 +260,9 @@ def _with_table_of(model: ir.Model, node: ir.Node, other: ir.Node) -> ir.Model:
         raise ModelError(f"expected a constant table of {name_of(other)}, found a computed one")
     copy.op_type = other.op_type
     copy.resize_inputs(len(other.inputs))
-    for index, array in enumerate(arrays, 1):
+    for place, array in enumerate(arrays, 1):
         assert array is not None
-        copy.replace_input_with(index, add_constant(result.graph, f"{name_of(node)}.other.{index}", array))
+        copy.replace_input_with(place, add_constant(result.graph, f"{name_of(copy)}.other.{place}", array))
     attach_function(result)
     return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import os
 import types
 from pathlib import Path
@@ -803,6 +804,37 @@ class Logarithms(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(torch.log(x))
+
+
+class Pooled(torch.nn.Module):
+    """Takes images of every size without an error, but the mean of nothing is no number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = LMKANConv2d(5, 3, 8, 4)
+        self.head = LMKAN2DLayer(5, 8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.patches(x).mean((2, 3)))
+
+
+def test_sizes_without_an_answer_are_not_allowed(tmp_path: Path) -> None:
+    module = Pooled().eval()
+    path = export_module(module, tmp_path / "m.onnx", "batch,3,height,width")
+    checked = lmkan_deploy.verify(path)
+    assert checked.passed
+    x = np.random.default_rng(0).standard_normal((2, 3, 9, 6)).astype(np.float32)
+    want = module(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(load_runner(path).run({"x": x})["y"], want, rtol=1e-4, atol=1e-5)
+
+
+def test_options_are_noted(stack: ExportedStack, tmp_path: Path) -> None:
+    result = lmkan_deploy.export(
+        stack.checkpoint, tmp_path / "m.onnx", opset=21, without_passes=["all"], table_dtype="float16"
+    )
+    assert result.info.path == str(tmp_path / "m.onnx")
+    options = json.loads(result.info.metadata["lmkan_deploy.options"])
+    assert options == {"input_shapes": [], "opset": 21, "no_passes": ["all"], "table_dtype": "float16"}
 
 
 def test_nothing_is_verified_where_no_output_is_finite(tmp_path: Path) -> None:

@@ -241,6 +241,43 @@ def test_what_narrow_tables_cost_is_limited_by_the_user_alone(tmp_path: Path) ->
         lmkan_deploy.optimize(path, tmp_path / "narrow.onnx", table_dtype="bfloat16", rtol=1.0)
 
 
+def test_costs_of_layers_without_names(stack: ExportedStack, tmp_path: Path) -> None:
+    named = lmkan_deploy.optimize(stack.onnx, tmp_path / "named.onnx", table_dtype="int8")
+    want = lmkan_deploy.verify(named.path, reference_model=stack.onnx, rtol=1.0).tables
+    model = onnx.load(stack.onnx)
+    for node in model.graph.node:
+        node.name = ""
+    onnx.save(model, tmp_path / "m.onnx")
+    narrow = lmkan_deploy.optimize(tmp_path / "m.onnx", tmp_path / "narrow.onnx", table_dtype="int8").path
+    found = lmkan_deploy.verify(narrow, reference_model=tmp_path / "m.onnx", rtol=1.0).tables
+    for costs in (want, found):
+        assert [cost.dtype for cost in costs.layers] == ["int8", "int8"]
+    assert [cost.errors for cost in found.layers] == [cost.errors for cost in want.layers]
+
+
+def test_options_without_a_use_are_refused(stack: ExportedStack, tmp_path: Path) -> None:
+    x = {"x": np.zeros((3, 10), np.float32)}
+    output = tmp_path / "m.onnx"
+    for options, message in (
+        ({"calibration": x}, "expected narrow tables with --calibration"),
+        ({"calibration": x, "table_dtype": "float32"}, "expected narrow tables with --calibration"),
+        ({"inputs": x, "check": False}, "leave out --no-verify"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            lmkan_deploy.export(stack.checkpoint, output, **options)
+    for options, message in (
+        ({"outputs": x, "inputs": x, "reference_model": stack.onnx}, "found outputs and reference_model"),
+        ({"checkpoint": stack.checkpoint, "outputs": x}, "found checkpoint and outputs"),
+        ({"key": "ema", "architecture": "models:Net"}, "expected a checkpoint for architecture and key"),
+        ({"runtimes": []}, "expected a runtime to compare"),
+        ({"seed": -1}, "expected a seed of at least 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            lmkan_deploy.verify(stack.onnx, **options)
+    found = lmkan_deploy.verify(stack.onnx, runtimes="onnxruntime", batch_sizes=4)
+    assert [comparison.case for comparison in found.comparisons] == ["random 4"]
+
+
 def test_real_inputs_tell_what_narrow_tables_cost(stack: ExportedStack, tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((9, 10)).astype(np.float32)
     for result in (
@@ -338,8 +375,10 @@ class Repeated(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("table_dtype", ["float32", "float16", "int8"])
-@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(
+    ("table_dtype", "calibrated"),
+    [("float32", False), ("float16", False), ("float16", True), ("int8", False), ("int8", True)],
+)
 def test_a_layer_that_is_called_again_keeps_one_table(
     table_dtype: TableDtype, calibrated: bool, tmp_path: Path
 ) -> None:

@@ -167,20 +167,36 @@ def _with_step(
         enough = stepped.nearest(sizes[name])
         tried = {enough, stepped.nearest(enough + 1)}
         if all(_takes(module, inputs, {**sizes, name: size}) for size in tried):
+            # Means of nothing are no errors, but not answers either.
+            finite = _is_finite(module, inputs, {**sizes, name: enough})
             smaller = range(stepped.nearest(limits.least), enough, step)
-            least = next((s for s in smaller if _takes(module, inputs, {**sizes, name: s})), enough)
+            answers = _is_finite if finite else _takes
+            least = next((s for s in smaller if answers(module, inputs, {**sizes, name: s})), enough)
             return stepped._replace(least=least)
     return None
 
 
 def _takes(module: nn.Module, inputs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> bool:
+    return _outputs(module, inputs, sizes) is not None
+
+
+def _is_finite(module: nn.Module, inputs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> bool:
+    """Whether all outputs have elements, and only finite ones."""
+    outputs = _outputs(module, inputs, sizes)
+    return outputs is not None and all(y.numel() > 0 and bool(torch.isfinite(y).all()) for y in outputs)
+
+
+def _outputs(
+    module: nn.Module, inputs: Sequence[TensorSpec], sizes: Mapping[str, int]
+) -> list[torch.Tensor] | None:
+    """What the network returns for examples of these sizes; None where it does not take them."""
     try:
         values = example_inputs(inputs, sizes)
         args, kwargs = call_arguments(module, [spec.name for spec in inputs], values)
         with torch.no_grad():
-            module(*args, **kwargs)
+            leaves = torch.utils._pytree.tree_leaves(module(*args, **kwargs))
     except CheckpointError:
         raise
     except Exception:  # any network may raise anything
-        return False
-    return True
+        return None
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
