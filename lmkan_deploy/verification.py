@@ -45,8 +45,8 @@ class Comparison:
 
     An element passes when |actual - expected| <= rtol * (|expected| + rms), where rms is the root mean
     square of the expected output: small elements of a large output need not be accurate to their own size.
-    Of integers and booleans, which are labels, indices or masks, the share that differs is the relative error, and one
-    element of a case may: a network's rounding decides near ties.
+    Of integers and booleans, which are labels, indices or masks, the share that differs is the relative
+    error, and one element of a case may: a network's rounding decides near ties.
 
     The random cases share one rms, since a case of few rows may hold nothing but small values; other cases
     have their own.

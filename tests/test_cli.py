@@ -153,8 +153,16 @@ def test_outputs_replace_nothing_that_is_read(stack: ExportedStack, tmp_path: Pa
     for output in ("m.onnx", "m.onnx.data", "x.npy", "link.npy"):
         before = (tmp_path / output).read_bytes()
         result = cli("run", "m.onnx", "-i", "x.npy", "-o", output, cwd=tmp_path)
-        fails(result, 2, f"a file of their own for the outputs, found {output}, which is read")
+        fails(result, 2, f"a file of its own for the output, found {output}, which is read; pass another -o")
         assert (tmp_path / output).read_bytes() == before
+    before = (tmp_path / "x.npy").read_bytes()
+    for command in (
+        ("export", stack.checkpoint, "-o", "x.npy", "-i", "x.npy"),
+        ("export", stack.checkpoint, "-o", "x.npy", "--table-dtype", "int8", "--calibration", "x.npy"),
+        ("optimize", "m.onnx", "-o", "x.npy", "--table-dtype", "int8", "--calibration", "x.npy"),
+    ):
+        fails(cli(*command, cwd=tmp_path), 2, "found x.npy, which is read; pass another -o")
+    assert (tmp_path / "x.npy").read_bytes() == before
 
 
 def test_the_reference_evaluator_needs_functions(stack: ExportedStack, tmp_path: Path) -> None:

@@ -113,6 +113,19 @@ def read_feeds(path: Path | None) -> Feeds | None:
     return None if path is None else lambda names: read_arrays(path, names)
 
 
+def check_output(output: Path, *read: Path | None) -> None:
+    """Refuses an output that would replace what is read.
+
+    Raises:
+        InputError: It is one of those files.
+    """
+    for path in read:
+        if path is not None and path.exists() and output.exists() and path.samefile(output):
+            raise InputError(
+                f"expected a file of its own for the output, found {output}, which is read; pass another -o"
+            )
+
+
 def check_suffix(path: Path) -> None:
     """Refuses a file for arrays whose name says something else.
 

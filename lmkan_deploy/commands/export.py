@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lmkan_deploy.commands.arrays import read_feeds
+from lmkan_deploy.commands.arrays import check_output, read_feeds
 from lmkan_deploy.commands.options import (
     Arch,
     ArchArgs,
@@ -116,6 +116,8 @@ def export(
 
     check_calibration_options(calibration, table_dtype, max_error)
     check_pass_options(no_passes or [])
+    if output is not None:
+        check_output(output, calibration, inputs)
     if inputs is not None and not verify_result:
         raise InputError("expected --verify with --inputs, which are compared on, found --no-verify")
     with show_progress(quiet or as_json) as progress:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lmkan_deploy.commands.arrays import read_feeds
+from lmkan_deploy.commands.arrays import check_output, read_feeds
 from lmkan_deploy.commands.help import Command
 from lmkan_deploy.commands.options import (
     CalibrationFile,
@@ -81,6 +81,7 @@ def optimize(
 
     check_calibration_options(calibration, table_dtype, max_error)
     check_pass_options(no_passes or [])
+    check_output(output, calibration)
     with show_progress(quiet) as progress:
         result = api.optimize(
             model,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lmkan_deploy.commands.arrays import check_suffix, read_arrays, write_arrays
+from lmkan_deploy.commands.arrays import check_output, check_suffix, read_arrays, write_arrays
 from lmkan_deploy.commands.completion import runtimes
 from lmkan_deploy.commands.options import (
     RUNTIMES,
@@ -67,14 +67,11 @@ def run(
 
         lmkan-deploy run model.onnx -i x.npy -o y.npy --threads 1
     """
-    from lmkan_deploy.errors import InputError
     from lmkan_deploy.runtime.runner import load_runner
     from lmkan_deploy.staging import output_file
 
-    target = output_file(output)  # refused before the work begins
-    for path in (model, inputs, Path(f"{model}.data"), Path(f"{model}.json")):
-        if path.exists() and target.exists() and path.samefile(target):
-            raise InputError(f"expected a file of their own for the outputs, found {output}, which is read")
+    output_file(output)  # refused before the work begins
+    check_output(output, model, inputs, Path(f"{model}.data"), Path(f"{model}.json"))
     check_suffix(output)
     with show_progress(quiet) as progress:
         progress(Step("loading"))

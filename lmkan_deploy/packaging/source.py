@@ -180,8 +180,10 @@ def copy_model(source: Source, folder: Path) -> None:
         return
     import onnx_ir as ir
 
+    from lmkan_deploy.converters.model_file import load_model
+
     # Written anew, since the file names where its weights are.
-    model = ir.load(source.path)
+    model = load_model(source.path)
     ir.save(model, target, external_data=f"{MODEL}.data", size_threshold_bytes=_EXTERNAL_TENSOR_BYTES)
 
 

@@ -20,7 +20,7 @@ def clean_up(model: ir.Model) -> Outcome:
         common.RemoveUnusedOpsetsPass(),
     )(model)
     removed = before - sum(1 for _ in model.graph.all_nodes())
-    return Outcome(applied=[f"{removed} nodes"] if removed else [])
+    return Outcome(applied=[f"{removed} nodes removed"] if removed else [])
 
 
 def _is_needless(identity: ir.Node) -> bool:
