@@ -112,6 +112,25 @@ def test_outputs_without_a_finite_element_are_failures() -> None:
     assert verify_runners({"a": {"y": bad}, "b": {"y": good}}, [ByCase({})], cases).passed
 
 
+def test_random_inputs_that_the_network_refuses() -> None:
+    good = np.ones((2, 2), np.float32)
+
+    class Choosy(Fixed):
+        def run(self, feeds: Arrays) -> Arrays:
+            if feeds["x"][0, 0] == 0:
+                raise InputError("expected ones")
+            return {"y": good}
+
+    zeros, ones = ({"x": np.full((1, 2), value, np.float32)} for value in (0, 1))
+    found = verify_runners(Choosy({}), [Fixed({"y": good})], {"random 1": zeros, "given inputs": ones})
+    assert found.passed
+    assert [comparison.case for comparison in found.comparisons] == ["given inputs"]
+    with pytest.raises(InputError, match="random 1: expected ones; pass real --inputs, or"):
+        verify_runners(Choosy({}), [Fixed({"y": good})], {"random 1": zeros})
+    with pytest.raises(InputError, match="^expected ones"):
+        verify_runners(Choosy({}), [Fixed({"y": good})], {"random 1": ones, "given inputs": zeros})
+
+
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.bool_])
 def test_labels_are_judged_by_how_many_differ(dtype: type) -> None:
     want = np.zeros(300, dtype)
