@@ -216,8 +216,8 @@ def verify_runners(
     Args:
         reference: A runner, or its stored outputs by case.
         runners: What to verify.
-        cases: Inputs by the name of their case. Random ones that the reference refuses are left out where there are
-            others.
+        cases: Inputs by the name of their case. Random ones that the reference refuses are left out where there
+            are others.
         rtol: Allowed relative error; None takes `DEFAULT_RTOL` of the outputs' type, on random inputs at least
             `RANDOM_RTOL`.
         progress: Called before each run.
