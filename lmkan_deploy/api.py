@@ -547,8 +547,8 @@ def _require_use(architecture: Architecture | None, loaded: Checkpoint) -> None:
         )
     ):
         raise CheckpointError(
-            f"expected no --arch for a {loaded.kind}, which holds its own network, found {architecture.factory}; "
-            "leave it out"
+            f"expected no --arch beside a file's own network, found {architecture.factory} for {loaded.path} "
+            f"({loaded.kind}); leave it out"
         )
 
 

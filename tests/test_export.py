@@ -72,10 +72,15 @@ def test_user_models_export_and_match(form: str, user_model: UserModel, tmp_path
         checkpoint, shapes = tmp_path / "model.pt2", ()
         program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
         torch.export.save(program, checkpoint)
+    architecture = user_model.architecture
+    if form != "state dict":  # which has its own network, of classes in this folder
+        with pytest.raises(CheckpointError, match=f"expected no --arch .*{form}.*leave it out"):
+            lmkan_deploy.export(checkpoint, architecture=architecture, trust_pickle=trust)
+        architecture = dataclasses.replace(architecture, factory=None)
     result = lmkan_deploy.export(
         checkpoint,
         tmp_path / "model.onnx",
-        architecture=user_model.architecture,
+        architecture=architecture,
         input_shapes=shapes,
         trust_pickle=trust,
     )

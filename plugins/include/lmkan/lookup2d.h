@@ -39,8 +39,8 @@ enum {
 };
 
 /* Element types. INT8 is for tables alone: an entry is its integer times the scale of its pair and
- * output. Sums of it are up to 2^22 times too large until the end, so scales below 1e-31 lose digits,
- * and |y| above 1e31 may become infinite. */
+ * output. Sums of it are up to 2^22 times too large until the end, so scales below 1e-31 lose
+ * digits, and |y| above 1e31 may become infinite. */
 typedef int32_t lmkan_dtype;
 enum { LMKAN_FLOAT32 = 0, LMKAN_FLOAT16 = 1, LMKAN_BFLOAT16 = 2, LMKAN_INT8 = 3 };
 
