@@ -419,12 +419,19 @@ def test_caches_made_at_the_first_call_are_no_state(tmp_path: Path) -> None:
     [
         (Block(lambda self, x: self.lmkan(x)).double(), "n,4:float64", "float64"),
         (Block(lambda self, x: self.lmkan(x.double()).float()), "n,4", "float64"),
-        (Block(torch.no_grad()(lambda self, x: self.lmkan(x))), "n,4:int64", "int64"),
+        (Block(torch.no_grad()(lambda self, x: self.lmkan(x.double()).float())), "n,4", "float64"),
     ],
 )
 def test_lookups_of_other_types(module: torch.nn.Module, shape: str, found: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=f"lookup layers of float32.*{found}; convert .* model.float"):
         export_module(module, tmp_path / "model.onnx", shape)
+
+
+def test_lookups_of_integers(tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match=r"expected x of float16, .*int64; convert it .*check --input-shape"
+    ):
+        export_module(Block(lambda self, x: self.lmkan(x)), tmp_path / "model.onnx", "n,4:int64")
 
 
 def forward(self, x):  # PyTorch records the lines of functions of this name alone

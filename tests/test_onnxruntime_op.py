@@ -241,11 +241,14 @@ def test_sessions_use_all_their_threads(threads: int) -> None:
     x = rng.standard_normal((4096, 128)).astype(np.float32)
     for _ in range(10):
         run(None, {"x": x})
-    before = cpu_ticks()
-    for _ in range(100):
-        run(None, {"x": x})
-    spent = [ticks - before.get(thread, 0) for thread, ticks in cpu_ticks().items()]
-    assert sum(ticks > sum(spent) / 10 for ticks in spent) == threads
+    found = []
+    while threads not in found and len(found) < 5:  # a busy machine may have no time for one of them
+        before = cpu_ticks()
+        for _ in range(100):
+            run(None, {"x": x})
+        spent = [ticks - before.get(thread, 0) for thread, ticks in cpu_ticks().items()]
+        found.append(sum(ticks > sum(spent) / 10 for ticks in spent))
+    assert found[-1] == threads
 
 
 def test_one_session_serves_many_threads() -> None:

@@ -55,12 +55,10 @@ _OPERATOR = re.compile(r'(LMKAN2D\w*) node "(.*?)": (expected .*)', re.DOTALL)
 """What the compiled operators say themselves."""
 
 # ONNX Runtime names the nodes of an inlined function after it, or, where they have no names, not at all.
-_INLINED = r"running {} node\. Name:'(?:|\w*_inlfunc_\w*LMKAN2D\w*)' Status Message: "
 _FEATURES = re.compile(
-    _INLINED.format("Reshape") + r".*Input shape:\{([\d,]*)\}, requested shape:\{-1,(\d+),2\}", re.DOTALL
-)
-_TABLE = re.compile(
-    _INLINED.format("(?:Gather|MatMul)") + r".*(?:out of data bounds|dimension mismatch)", re.DOTALL
+    r"running Reshape node\. Name:'(?:|\w*_inlfunc_\w*LMKAN2D\w*)' Status Message: "
+    r".*Input shape:\{([\d,]*)\}, requested shape:\{-1,(\d+),2\}",
+    re.DOTALL,
 )
 
 _NO_MEMORY = re.compile(r"Failed to allocate memory|bad_alloc|bad allocation")
@@ -102,11 +100,6 @@ def run_problem(message: str) -> str:
         return (
             "expected features and a table that fit each other in a lookup layer, found features "
             f"[{shape.replace(',', ', ')}] and a table of {pairs} pairs; lmkan-deploy inspect names the layers"
-        )
-    if _TABLE.search(message):
-        return (
-            "expected tables [pairs, G+1, G+1, outputs] with equal grid axes and G >= 3, found another in a "
-            "lookup layer; lmkan-deploy inspect names it"
         )
     return (
         f"ONNX Runtime could not run the model: {_said(message)}; check that the network takes inputs of these "
