@@ -127,7 +127,7 @@ def export(
     _check_table_options(table_dtype, calibration, max_error)
     if inputs is not None and not check:
         raise ExportError(
-            "expected inputs for a comparison alone, found them without one; leave out --no-verify"
+            "expected --verify with --inputs, which are compared on, found none; leave out --no-verify"
         )
     if opset is not None and opset > MAX_OPSET:
         raise ExportError(f"expected ONNX opset {MAX_OPSET} or earlier, found {opset}; pass another --opset")
@@ -157,7 +157,7 @@ def export(
         "key": key,
         "trust_pickle": trust_pickle or None,
         "opset": opset,
-        "passes": None if passes is None else list(passes),
+        "passes": None if passes is None else list(_texts(passes)),
         "no_passes": list(_texts(without_passes)) or None,
         "table_dtype": table_dtype,
         "max_error": max_error,
@@ -537,15 +537,8 @@ def _layer_costs(
 
 def _require_use(architecture: Architecture | None, loaded: Checkpoint) -> None:
     """Refuses a factory that built nothing, rather than note it in the model."""
-    if (
-        architecture is not None
-        and architecture.factory is not None
-        and loaded.kind
-        in (
-            "exported program",
-            "pickled module",
-        )
-    ):
+    has_network = loaded.kind in ("exported program", "pickled module")
+    if has_network and architecture is not None and architecture.factory is not None:
         raise CheckpointError(
             f"expected no --arch beside a file's own network, found {architecture.factory} for {loaded.path} "
             f"({loaded.kind}); leave it out"

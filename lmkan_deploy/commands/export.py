@@ -27,12 +27,10 @@ from lmkan_deploy.commands.options import (
     TableDtypeOption,
     TrustPickle,
     architecture,
-    check_calibration_options,
     check_pass_options,
     file_to_write,
 )
 from lmkan_deploy.commands.terminal import print_json, show_progress
-from lmkan_deploy.errors import InputError
 
 
 def export(
@@ -114,12 +112,9 @@ def export(
     """
     from lmkan_deploy import api
 
-    check_calibration_options(calibration, table_dtype, max_error)
     check_pass_options(no_passes or [])
     if output is not None:
         check_output(output, calibration, inputs)
-    if inputs is not None and not verify_result:
-        raise InputError("expected --verify with --inputs, which are compared on, found --no-verify")
     with show_progress(quiet or as_json) as progress:
         result = api.export(
             checkpoint,

@@ -18,7 +18,6 @@ from lmkan_deploy.commands.options import (
     Quiet,
     RelativeTolerance,
     TableDtypeOption,
-    check_calibration_options,
     check_pass_options,
     file_to_write,
 )
@@ -79,7 +78,6 @@ def optimize(
     """
     from lmkan_deploy import api
 
-    check_calibration_options(calibration, table_dtype, max_error)
     check_pass_options(no_passes or [])
     check_output(output, calibration)
     with show_progress(quiet) as progress:

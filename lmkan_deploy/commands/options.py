@@ -203,21 +203,6 @@ def check_pass_options(without: list[str]) -> None:
             )
 
 
-def check_calibration_options(
-    calibration: Path | None, table_dtype: str | None, max_error: float | None
-) -> None:
-    """Refuses real inputs that nothing would be measured on.
-
-    Raises:
-        InputError: No tables become narrow.
-    """
-    if calibration is not None and max_error is None and table_dtype in (None, "float32"):
-        raise InputError(
-            "expected narrow tables to measure with --calibration, found float32; pass --table-dtype or "
-            "--max-error, or leave it out"
-        )
-
-
 def architecture(arch: str | None, path: Path | None, arguments: str | None) -> Architecture | None:
     """What --arch, --arch-path and --arch-args say; None where they are not given.
 
