@@ -53,6 +53,7 @@ class ExportResult:
     Attributes:
         path: The ONNX file; where `output` was a link, the file it points to.
         kind: What the checkpoint was.
+        weights_only: Whether it was read as weights only; a trusted one may have run code.
         notes: What the user should know, a line each.
         verification: None where it was not asked for.
         tables: What narrow tables cost; None where all are float32, or nothing was measured.
@@ -61,6 +62,7 @@ class ExportResult:
 
     path: Path
     kind: str
+    weights_only: bool
     notes: list[str]
     verification: Verification | None
     tables: TableCosts | None
@@ -194,7 +196,7 @@ def export(
         if check:
             verification = verified(staged, _telling(cases, given), allowed_error(rtol, narrow))
         info = replace(inspect_model(staged), path=str(path))
-    return ExportResult(path, loaded.kind, notes, verification, costs, info)
+    return ExportResult(path, loaded.kind, loaded.weights_only, notes, verification, costs, info)
 
 
 @dataclass(frozen=True)

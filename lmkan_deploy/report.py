@@ -29,7 +29,8 @@ def print_export(result: ExportResult) -> None:
     """The outcome of an export."""
     info = result.info
     article = "an" if result.kind[0] in "aeiou" else "a"
-    _print((str(result.path), "bold"), f"  {_bytes(info.file_bytes)}, from {article} {result.kind}")
+    read = "read as weights only" if result.weights_only else "trusted to run code"
+    _print((str(result.path), "bold"), f"  {_bytes(info.file_bytes)}, from {article} {result.kind}, {read}")
     # Shapes may have been inferred.
     _print(f"{'; '.join(info.inputs)} -> {'; '.join(info.outputs)}")
     _print_layers(info)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
 import shutil
 import subprocess
@@ -14,14 +12,10 @@ import pytest
 import torch
 
 import lmkan_deploy
+from exporter_functions import remember
 from networks import USER_MODELS, ExportedStack, UserModel, make_stack
 
-# PyTorch's exporter reads the sources of all its five hundred functions anew for each export: half of the time
-# that a small network takes.
-with contextlib.suppress(ImportError, AttributeError):  # it is not public
-    from torch.onnx._internal._lazy_import import onnxscript_apis
-
-    onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)
+remember()
 
 # Files that share something expensive run in one process.
 GROUPS = {

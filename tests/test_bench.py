@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from onnx import TensorProto, helper, save
 
 import lmkan_deploy
+from cli_process import cli
 from lmkan_deploy import report
 from lmkan_deploy.errors import InputError, LmkanError
 from lmkan_deploy.latency import Contender, measure
@@ -24,8 +23,9 @@ from networks import ExportedStack
 
 
 def bench(*arguments: object) -> str:
-    command = [sys.executable, "-m", "lmkan_deploy.cli", "bench", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    result = cli("bench", *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 class Sleeper:

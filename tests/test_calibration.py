@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 import lmkan_deploy
+from cli_process import cli
 from lmkan_deploy.calibration import Calibration
 from lmkan_deploy.converters.model_file import load_model, staged_model
 from lmkan_deploy.converters.passes.base import all_lookups, table_dtype_of
@@ -168,32 +167,28 @@ def test_contradictions_are_refused(
 
 
 def test_command_line(stack: ExportedStack, tmp_path: Path) -> None:
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "lmkan_deploy.cli", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
     features = load_runner(stack.onnx).inputs[0].shape[1]
     x = np.random.default_rng(0).standard_normal((50, features), dtype=np.float32)
     np.save(tmp_path / "x.npy", x)
     output = tmp_path / "narrow.onnx"
-    result = run(
+    result = cli(
         "optimize", stack.onnx, "-o", output, "--max-error", 0.05, "--calibration", tmp_path / "x.npy"
     )
     assert result.returncode == 0, result.stderr
     assert "all tables, " in result.stdout
     assert "one narrow table at a time, on calibration" in result.stdout
-    exported = run(
+    exported = cli(
         "export", stack.checkpoint, "-o", tmp_path / "m.onnx", "--max-error", 0.05, "--calibration",
         tmp_path / "x.npy",
     )  # fmt: skip
     assert exported.returncode == 0, exported.stderr
     assert "all tables, " in exported.stdout
-    compared = run("verify", output, "--reference", stack.onnx, "--rtol", 0.9)
+    compared = cli("verify", output, "--reference", stack.onnx, "--rtol", 0.9)
     assert "one narrow table at a time, on random inputs" in compared.stdout
-    verified = run(
+    verified = cli(
         "verify", output, "--reference", stack.onnx, "-i", tmp_path / "x.npy", "--rtol", 0.2, "--json"
     )
     assert verified.returncode == 0, verified.stderr
     assert json.loads(verified.stdout)["tables"]["together"] <= 0.05
-    wrong = run("optimize", stack.onnx, "-o", output, "--max-error", 0.05)
+    wrong = cli("optimize", stack.onnx, "-o", output, "--max-error", 0.05)
     assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)

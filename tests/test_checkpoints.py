@@ -37,6 +37,7 @@ def assert_close(y: np.ndarray, want: np.ndarray) -> None:
 def test_state_dict(user_model: UserModel) -> None:
     checkpoint = lmkan_deploy.load_checkpoint(user_model.state_dict, user_model.architecture)
     assert checkpoint.kind == "state dict"
+    assert checkpoint.weights_only
     assert not checkpoint.module.training
     assert_close(outputs(checkpoint, user_model.x), user_model.y)
 
@@ -44,6 +45,7 @@ def test_state_dict(user_model: UserModel) -> None:
 def test_pickled_module(user_model: UserModel) -> None:
     checkpoint = lmkan_deploy.load_checkpoint(user_model.pickled, Architecture(path=DATA), trust_pickle=True)
     assert checkpoint.kind == "pickled module"
+    assert not checkpoint.weights_only
     assert_close(outputs(checkpoint, user_model.x), user_model.y)
     layers = [m for m in checkpoint.module.modules() if isinstance(m, upstream.LMKAN2DLayer)]
     assert len(layers) == user_model.num_lookups
@@ -57,6 +59,8 @@ def test_exported_program(user_model: UserModel, tmp_path: Path) -> None:
     torch.export.save(torch.export.export(module, (x,), dynamic_shapes=dynamic), tmp_path / "model.pt2")
     checkpoint = lmkan_deploy.load_checkpoint(tmp_path / "model.pt2")
     assert checkpoint.kind == "exported program"
+    assert checkpoint.weights_only
+    assert not lmkan_deploy.load_checkpoint(tmp_path / "model.pt2", trust_pickle=True).weights_only
     assert_close(outputs(checkpoint, user_model.x), user_model.y)
 
 

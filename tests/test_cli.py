@@ -25,19 +25,13 @@ import pytest
 import torch
 
 import lmkan_deploy
+from cli_process import cli, fresh_cli
 from lmkan_deploy import api
 from lmkan_deploy import cli as command_line
 from lmkan_deploy.converters.passes import PASSES
 from networks import DATA, ExportedStack, make_stack
 
 ROOT = Path(__file__).parent.parent
-
-
-def cli(*arguments: object, cwd: Path | None = None, **options) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lmkan_deploy.cli", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=cwd, check=False, **options
-    )
 
 
 def fails(result: subprocess.CompletedProcess[str], code: int, *fragments: str) -> None:
@@ -55,14 +49,14 @@ METHANE = (DATA / "methane.state_dict.pt", "--arch", "user_models:MethaneNet", "
 @pytest.fixture(scope="module")
 def methane(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "methane.onnx"
-    result = cli("export", *METHANE, "-o", path)
+    result = fresh_cli("export", *METHANE, "-o", path)
     assert result.returncode == 0, result.stderr
     for fragment in (
         "x float32[batch, 12] -> y float32[batch, 1]",
         "lmkan1",
         "86,528",
         "verified onnxruntime against PyTorch",
-        "from a state dict",
+        "from a state dict, read as weights only",
     ):
         assert fragment in result.stdout
     assert result.stderr == ""
@@ -81,6 +75,7 @@ def test_export_as_json(stack: ExportedStack, tmp_path: Path) -> None:
     result = cli("export", stack.checkpoint, "-o", tmp_path / "m.onnx", "--json")
     report = json.loads(result.stdout)
     assert report["kind"] == "inferred stack"
+    assert report["weights_only"] is True
     assert report["verification"]["passed"] is True
     assert [layer["num_grids"] for layer in report["model"]["layers"]] == [6, 6]
     assert cli("export", stack.checkpoint, "-o", tmp_path / "m.onnx", "-q", "--no-verify").stdout == ""
@@ -413,9 +408,9 @@ class TestOutputs:
         # A write beyond the limit fails like one to a full disk.
         limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))}
         for options in ((), ("--external-data",)):
-            result = cli("optimize", methane, "-o", tmp_path / "m.onnx", *options, **limit)
+            result = fresh_cli("optimize", methane, "-o", tmp_path / "m.onnx", *options, **limit)
             fails(result, 2, "could not write", "m.onnx")
-        result = cli("run", methane, "-i", tmp_path / "x.npy", "-o", tmp_path / "y.npy", **limit)
+        result = fresh_cli("run", methane, "-i", tmp_path / "x.npy", "-o", tmp_path / "y.npy", **limit)
         fails(result, 2, "could not write", "y.npy")
         assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
 
@@ -436,9 +431,9 @@ class TestOutputs:
 
     def test_the_umask_gives_the_mode(self, methane: Path, tmp_path: Path) -> None:
         umask = {"preexec_fn": lambda: os.umask(0o027)}
-        assert cli("optimize", methane, "-o", tmp_path / "m.onnx", **umask).returncode == 0
+        assert fresh_cli("optimize", methane, "-o", tmp_path / "m.onnx", **umask).returncode == 0
         inputs = DATA / "methane.io.npz"
-        assert cli("run", methane, "-i", inputs, "-o", tmp_path / "y.npz", **umask).returncode == 0
+        assert fresh_cli("run", methane, "-i", inputs, "-o", tmp_path / "y.npz", **umask).returncode == 0
         assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
     @pytest.mark.parametrize(
@@ -522,7 +517,7 @@ class TestStandardStreams:
             for number in closed:
                 os.close(number)
 
-        result = cli("verify", stack.onnx, "--rtol", rtol, preexec_fn=close)
+        result = fresh_cli("verify", stack.onnx, "--rtol", rtol, preexec_fn=close)
         assert (result.returncode, result.stderr) == (code, "")
         assert ("comparisons" in result.stdout) == (1 not in closed)
 
@@ -531,13 +526,13 @@ class TestStandardStreams:
         shutil.copy(stack.onnx, model)
         ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
         for command in ("inspect", "verify"):
-            result = cli(command, model, env=ascii_only)
+            result = fresh_cli(command, model, env=ascii_only)
             assert (result.returncode, result.stderr) == (0, "")
             assert result.stdout.isascii()
-        assert "gr??e.onnx" in cli("inspect", model, env=ascii_only).stdout
+        assert "gr??e.onnx" in fresh_cli("inspect", model, env=ascii_only).stdout
 
     def test_a_mistake_that_nobody_reads(self, tmp_path: Path) -> None:
-        assert cli("inspect", tmp_path / "none", preexec_fn=lambda: os.close(2)).returncode == 2
+        assert fresh_cli("inspect", tmp_path / "none", preexec_fn=lambda: os.close(2)).returncode == 2
         with Path("/dev/full").open("w") as full:
             command = [sys.executable, "-m", "lmkan_deploy.cli", "inspect", tmp_path / "none"]
             assert subprocess.run(command, stderr=full, check=False).returncode == 2
@@ -609,7 +604,7 @@ def test_names_with_brackets(tmp_path: Path) -> None:
     result = cli("export", "[red]m[bold].pt", "-o", "[bold]m.onnx", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("[bold]m.onnx  ")
-    assert " from an inferred stack\n" in result.stdout
+    assert " from an inferred stack, read as weights only\n" in result.stdout
     model = onnx.load(tmp_path / "[bold]m.onnx")
     next(node for node in model.graph.node if node.op_type == "LMKAN2D").name = "[/]layer"
     for node in model.graph.node:

@@ -36,6 +36,7 @@ class Checkpoint:
         path: The file.
         kind: What the file was.
         module: The network, in eval mode, on the CPU.
+        weights_only: Whether the file was read as tensors and structure alone. A trusted one may have run code.
         program: For an exported program, the program itself; `module` then runs it.
         notes: What a user should know about how it was loaded, a line each.
     """
@@ -43,6 +44,7 @@ class Checkpoint:
     path: Path
     kind: Kind
     module: nn.Module
+    weights_only: bool
     program: torch.export.ExportedProgram | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -83,10 +85,10 @@ def load_checkpoint(
                 f"expected a file of several networks with --key, found the archive {path}; leave out --key"
             )
         program = load_exported_program(path, trust=trust_pickle)
-        checkpoint = Checkpoint(path, "exported program", program.module(), program)
+        checkpoint = Checkpoint(path, "exported program", program.module(), not trust_pickle, program)
     else:
-        content = _load_content(path, architecture, trust_pickle)
-        checkpoint = _from_content(path, content, architecture, key)
+        content, weights_only = _load_content(path, architecture, trust_pickle)
+        checkpoint = _from_content(path, content, weights_only, architecture, key)
     _check_values(checkpoint)
     return checkpoint
 
@@ -102,7 +104,8 @@ def _check_file(path: Path) -> None:
         )
 
 
-def _load_content(path: Path, architecture: Architecture, trust_pickle: bool) -> Any:
+def _load_content(path: Path, architecture: Architecture, trust_pickle: bool) -> tuple[Any, bool]:
+    """What the file holds, and whether it was read as weights only."""
     names = archive_names(path)
     if any(name.endswith("constants.pkl") for name in names):
         raise CheckpointError(
@@ -123,7 +126,7 @@ def _load_content(path: Path, architecture: Architecture, trust_pickle: bool) ->
             # About pickles of newer protocols, which the loader refuses.
             warnings.simplefilter("ignore", UserWarning)
             # Tensors of a zip file stay on disk until they are used.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=bool(names))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=bool(names)), True
     except pickle.UnpicklingError as error:
         if not names and not _starts_with(path, pickle.PROTO):
             raise _unreadable(path, error) from error
@@ -135,7 +138,7 @@ def _load_content(path: Path, architecture: Architecture, trust_pickle: bool) ->
             ) from error
     except Exception as error:  # PyTorch raises whatever its many parsers raise
         raise _unreadable(path, error) from error
-    return _load_pickle(path, architecture)
+    return _load_pickle(path, architecture), False
 
 
 _ONNX_BEGINNINGS = [bytes([8, version, tag]) for version in range(3, 32) for tag in (0x12, 0x3A, 0x42)]
@@ -174,21 +177,23 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _from_content(path: Path, content: Any, architecture: Architecture, key: str | None) -> Checkpoint:
+def _from_content(
+    path: Path, content: Any, weights_only: bool, architecture: Architecture, key: str | None
+) -> Checkpoint:
     state = unwrap(content, path, key)
     if isinstance(state, nn.Module):
-        return Checkpoint(path, "pickled module", _prepare(_unwrapped(state)))
+        return Checkpoint(path, "pickled module", _prepare(_unwrapped(state)), weights_only)
     if architecture.factory is not None:
         module = _unwrapped(architecture.build())
         notes = fill(module, state, architecture.factory)
-        return Checkpoint(path, "state dict", _prepare(module), notes=notes)
+        return Checkpoint(path, "state dict", _prepare(module), weights_only, notes=notes)
     notes = ["assumed no layers without weights, such as activations, which a state dict does not show"]
     module = build_stack(state)
     if any(isinstance(layer, nn.BatchNorm1d) for layer in module):
         notes.append("assumed BatchNorm's default eps of 1e-5, which a state dict does not hold")
     if any(value.dtype == torch.float64 for value in state.values()):
         notes.append("converted the weights from float64 to float32")
-    return Checkpoint(path, "inferred stack", _prepare(module), notes=notes)
+    return Checkpoint(path, "inferred stack", _prepare(module), weights_only, notes=notes)
 
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)

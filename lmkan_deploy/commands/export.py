@@ -141,6 +141,7 @@ def export(
             {
                 "path": str(result.path),
                 "kind": result.kind,
+                "weights_only": result.weights_only,
                 "notes": result.notes,
                 "model": result.info.to_json(),
                 "tables": None if result.tables is None else dataclasses.asdict(result.tables),
