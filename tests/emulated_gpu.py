@@ -84,7 +84,9 @@ class Allocation:
             if can_free():
                 memory.free(address)
 
-        weakref.finalize(self, free).atexit = False
+        # The garbage collector does not follow arrays, nor pycuda's: freed after what holds them is finalized.
+        self._held = np.empty(0)
+        weakref.finalize(self._held, free).atexit = False
 
     def __int__(self) -> int:
         return self._address

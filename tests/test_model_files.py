@@ -107,7 +107,10 @@ REFUSED = {
     "negative size": (negative_size, r"the values of table in .*, found shape \[-2, 6, 6, 4\]"),
     "unknown type": (unknown_type, "found 99 is not a valid DataType"),
     "unknown type of x": (unknown_type_of_x, "found 99 is not a valid DataType"),
-    "function": (bad_function, "attribute value of a Constant node to be of type TENSOR, found UNDEFINED"),
+    "function": (
+        bad_function,
+        'attribute value of Constant node "zero" to be of type TENSOR, found UNDEFINED',
+    ),
     "same node twice": (same_node_twice, "expected a valid ONNX model, found .*"),
     "no output": (no_output, 'the outputs y of LMKAN2D node "layer", found 0'),
     "no table": (no_table, 'the inputs x, table of LMKAN2D node "layer", found 1'),

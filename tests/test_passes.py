@@ -94,6 +94,12 @@ def op_types(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph]
 
 
+def allows_empty(model: ir.Model) -> bool:
+    """Whether ONNX Runtime survives an empty batch: before 1.25 its Einsum does not."""
+    release = tuple(map(int, ort.__version__.split(".")[:2]))
+    return release >= (1, 25) or "Einsum" not in op_types(model)
+
+
 def check(
     module: torch.nn.Module, shape: str, tmp_path: Path, *, rows: tuple[int, ...] = (0, 1, 5)
 ) -> ir.Model:
@@ -115,7 +121,7 @@ def check(
         onnx.checker.check_model(tmp_path / f"{kind}.onnx", full_check=True)
         for custom_ops in ("onnxruntime", "onnxruntime-function"):
             runner = load_runner(tmp_path / f"{kind}.onnx", custom_ops)
-            for size in rows:
+            for size in rows if allows_empty(exported) else filter(None, rows):
                 sizes = [size if isinstance(s, str) else s for s in specs[0].shape]
                 x = torch.randn(sizes) * 2
                 with torch.no_grad():

@@ -110,6 +110,24 @@ except KeyboardInterrupt:
     assert run(program) == "interrupted 0\n"
 
 
+def test_an_interrupt_while_threads_start() -> None:
+    """The process ends, although the start of a thread was cut short after it had begun to run."""
+    program = """
+from lmkan_deploy.runtime.tasks import run_tasks
+start = threading.Thread.start
+def interrupted(thread):
+    start(thread)
+    if threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt
+threading.Thread.start = interrupted
+try:
+    run_tasks([lambda: None] * 3)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    assert run(program) == "interrupted\n"
+
+
 def test_lookups_in_a_forked_child() -> None:
     program = """
 want = layer(x)

@@ -178,6 +178,8 @@ def function_proto(opset: int, op_type: str = OP_TYPE) -> FunctionProto:
     inputs = ", ".join(_INPUTS[op_type])
     header = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{op_type} ({inputs}) => (y)'
     function = onnx.parser.parse_function(header + _FUNCTION_BODY.replace("$CORNERS", _CORNERS[op_type]))
+    for node in function.node:  # ONNX Runtime before 1.22 gives several nodes one name where it finds none
+        node.name = node.output[0]
     function.attribute.extend(PLUGIN_ATTRIBUTES)
     function.doc_string = _DOCS[op_type]
     return function

@@ -229,11 +229,11 @@ class Lane:
         self._stream.value.synchronize()
 
     def close(self) -> None:
-        """Gives up what it holds."""
+        """Gives up all that it holds; nothing can be called any more."""
         try:
             self.wait()
         finally:
-            self._memory.clear()
+            vars(self).clear()
 
     def _enqueue(
         self,
@@ -306,7 +306,7 @@ class GraphLane:
         try:
             self.wait()
         finally:
-            self._calls.clear()
+            vars(self).clear()
 
     def _call(self, shapes: Shapes, profile: int) -> _Call:
         key = tuple(sorted(shapes.items()))  # which has one profile

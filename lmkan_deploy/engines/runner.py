@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -194,8 +195,10 @@ class EngineRunner:
                 lane.wait()
                 self._idle_lanes.append(lane)
                 raise
-            except BaseException:
-                lane.close()  # whoever keeps the error keeps the lane, by its traceback
+            except BaseException as error:
+                # The error would keep what was made for the run; from Python 3.13 on, until a collection.
+                traceback.clear_frames(error.__traceback__)
+                lane.close()
                 raise
             if len(self._idle_lanes) < MAX_IDLE_LANES:
                 self._idle_lanes.append(lane)

@@ -84,7 +84,24 @@ def _wait_for_all(tasks: Sequence[_Task]) -> None:
 
 @functools.cache
 def _thread_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="lmkan")
+    count = os.cpu_count() or 1
+    pool = ThreadPoolExecutor(count, thread_name_prefix="lmkan")
+    # Not in the main thread: a pool's thread whose start Ctrl-C cuts short would keep the process from ending.
+    starter = threading.Thread(target=_start_threads, args=(pool, count))
+    starter.start()
+    starter.join()
+    return pool
+
+
+def _start_threads(pool: ThreadPoolExecutor, count: int) -> None:
+    may_end = threading.Event()
+    try:
+        for _ in range(count):
+            pool.submit(may_end.wait)  # which keeps a thread busy, so that the next one needs another
+    except RuntimeError:  # no more threads
+        pass
+    finally:
+        may_end.set()
 
 
 # A forked child has none of its parent's threads.
