@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+export ORT_DISABLE_TELEMETRY ?= 1
 NATIVE := CMakeLists.txt $(shell find plugins -type f)
 
 .PHONY: setup test bench bench-serving lint format demo wheel clean

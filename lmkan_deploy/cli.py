@@ -6,6 +6,7 @@ or stderr is closed.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -83,6 +84,8 @@ def _end(number: int, _: FrameType | None) -> NoReturn:
 
 def main() -> None:
     """Entry point: turns errors into one line and an exit code."""
+    # ONNX Runtime's packages send usage data to Microsoft, which is for the user to allow.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     keep_output_open()
     for number in _ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup

@@ -754,6 +754,15 @@ def test_help_has_an_example_for_every_command() -> None:
         assert f"lmkan-deploy {command} model" in cli(command, "--help").stdout
 
 
+def test_no_usage_data_is_sent(stack: ExportedStack, tmp_path: Path) -> None:
+    """ONNX Runtime keeps what it is about to send in the home folder; where CI is set it sends nothing anyway."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")
+    }
+    assert cli("verify", stack.onnx, env={**environment, "HOME": str(tmp_path)}).returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_launcher_in_the_checkout() -> None:
     command = [sys.executable, "cli.py", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
