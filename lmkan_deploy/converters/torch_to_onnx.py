@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+import onnx.helper
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -128,6 +129,9 @@ def _convert(
     _name_lookups(model)
     _drop_trace_metadata(model)
     optimize(model, passes)
+    # The exporter's own is 10, which ONNX Runtime 1.17 refuses.
+    needed = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    model.ir_version = min(model.ir_version, needed)
     return model
 
 
