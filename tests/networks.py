@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime
+import pytest
 import torch
 
 from lmkan_deploy import Architecture
@@ -69,3 +74,23 @@ class ExportedStack:
     module: torch.nn.Sequential
     checkpoint: Path
     onnx: Path
+
+
+def needs_opset(opset: int) -> None:
+    """Skips a test where ONNX Runtime is too old for it, as on Python 3.10."""
+    if opset > _newest_opset():
+        pytest.skip(f"ONNX Runtime {onnxruntime.__version__} does not read opset {opset}")
+
+
+@functools.cache
+def _newest_opset() -> int:
+    for opset in range(onnx.defs.onnx_opset_version(), 0, -1):
+        text = (
+            f'<ir_version: 8, opset_import: ["" : {opset}]> g (float[1] x) => (float[1] y) {{ y = Neg (x) }}'
+        )
+        try:
+            onnxruntime.InferenceSession(onnx.parser.parse_model(text).SerializeToString())
+        except onnxruntime.capi.onnxruntime_pybind11_state.Fail:
+            continue
+        return opset
+    raise AssertionError("ONNX Runtime reads no opset")

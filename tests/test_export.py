@@ -26,7 +26,7 @@ from lmkan_deploy.runtime.axis_limits import noted_limits
 from lmkan_deploy.runtime.pytorch import TorchRunner
 from lmkan_deploy.runtime.runner import load_runner
 from lmkan_deploy.verification import random_cases, verify_runners
-from networks import DATA, USER_MODELS, ExportedStack, UserModel, make_stack
+from networks import DATA, USER_MODELS, ExportedStack, UserModel, make_stack, needs_opset
 
 RUNTIMES = ("onnxruntime", "onnxruntime-function", "onnx-reference")
 
@@ -130,6 +130,7 @@ def test_provenance_without_paths(stack: ExportedStack) -> None:
 
 @pytest.mark.parametrize(("opset", "ir_version"), [(18, 8), (20, 9), (21, 10), (23, 10)])
 def test_other_opsets(opset: int, ir_version: int, stack: ExportedStack, tmp_path: Path) -> None:
+    needs_opset(opset)
     result = lmkan_deploy.export(stack.checkpoint, tmp_path / "model.onnx", opset=opset)
     assert result.info.ir_version == ir_version  # ONNX Runtime 1.17 reads 9
     onnx.checker.check_model(result.path, full_check=True)

@@ -1,6 +1,7 @@
 // An exported model with the compiled operator, in C++ with nothing but ONNX Runtime.
 //
 // Usage: run_model LIBRARY MODEL
+#define ORT_API_MANUAL_INIT  // so that the headers may be newer than the library
 #include <onnxruntime_cxx_api.h>
 
 #include <array>
@@ -9,6 +10,8 @@
 
 int main(int argc, char** argv) try {
   if (argc != 3) return std::fprintf(stderr, "usage: %s LIBRARY MODEL\n", argv[0]), 2;
+
+  Ort::InitApi(OrtGetApiBase()->GetApi(17));  // all that is used here is in ONNX Runtime 1.17
 
   Ort::Env env;
   Ort::SessionOptions options;

@@ -44,6 +44,10 @@ _LOADING = (
         "expected the weights of {file} in {0}, found no such file; copy it together with the model",
     ),
     (
+        r"cannot get file size: No such file or directory \[([^\]]+)\]",  # before 1.24
+        "expected the weights of {file} in {0}, found no such file; copy it together with the model",
+    ),
+    (
         r"External initializer: (\S+) offset: \d+ size to read: \d+ given file_length: (\d+)",
         "expected {0} of {file} in its file of weights, found only {1} bytes there; copy the model and its "
         "weights again, or export it again",
