@@ -90,7 +90,7 @@ def _newest_opset() -> int:
         )
         try:
             onnxruntime.InferenceSession(onnx.parser.parse_model(text).SerializeToString())
-        except onnxruntime.capi.onnxruntime_pybind11_state.Fail:
+        except Exception:  # which one, depends on the release
             continue
         return opset
     raise AssertionError("ONNX Runtime reads no opset")
