@@ -62,6 +62,11 @@ def test_damaged_headers(tmp_path: Path) -> None:
     for size in (8, 20, len(content) - 1):
         path.write_bytes(content[:size])
         fails(path, "could not read", "; the file is damaged: copy it again, or save it again")
+    path.write_bytes(content.replace(b"(2, 3)", b"(2,-3)"))
+    if np.lib.NumpyVersion(np.__version__) < "2.4.0":  # 2.2 takes a negative size for one to be found
+        np.testing.assert_array_equal(read_arrays(path, ["x"])["x"], X)
+    else:
+        fails(path, "could not read", "; the file is damaged")
 
 
 def test_archives_of_other_programs(tmp_path: Path) -> None:

@@ -1090,9 +1090,8 @@ def test_sinking_transposes_is_exact_in_float64(body: str) -> None:
     assert left == (0 if "y = Transpose" in body else 1)
     x = rng.standard_normal((rows, n_in))
     options = ort.SessionOptions()
-    options.graph_optimization_level = (
-        ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    )  # some are for float32 alone
+    # Some of its rewrites are for float32 alone.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 
     def run(proto: onnx.ModelProto) -> np.ndarray:
         return ort.InferenceSession(proto.SerializeToString(), options).run(None, {"x": x})[0]

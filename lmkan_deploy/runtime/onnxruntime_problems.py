@@ -44,7 +44,7 @@ _LOADING = (
         "expected the weights of {file} in {0}, found no such file; copy it together with the model",
     ),
     (
-        r"cannot get file size: No such file or directory \[([^\]]+)\]",  # before 1.24
+        r"cannot get file size: No such file or directory \[([^\]]+)\]",  # 1.20 and 1.23
         "expected the weights of {file} in {0}, found no such file; copy it together with the model",
     ),
     (
