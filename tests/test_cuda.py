@@ -21,7 +21,7 @@ BUILT_FOR = "9.0"  # by `cuda_build`
 
 OK, INVALID_ARGUMENT, CUDA_ERROR = 0, 1, 4
 FLOAT32, INT8 = 0, 3
-AUTO, GATHER, SHARED = 0, 1, 2
+AUTO, GATHER, SHARED, NARROW = 0, 1, 2, 3
 
 
 class TableDesc(ctypes.Structure):
@@ -46,13 +46,15 @@ def test_kernels_do_not_spill(cuda_build: Path) -> None:
         r" loads\nptxas info\s*: Used (\d+) registers",
         (cuda_build / "build.log").read_text(),
     )
-    # Four types of tables: SHARED in two forms, and GATHER with aligned and other corners.
-    assert len(kernels) == 16
+    # Four types of tables: SHARED in two forms, GATHER with aligned and other corners, NARROW for four
+    # numbers of outputs.
+    assert len(kernels) == 32
     for name, stack, stores, loads, registers in kernels:
         # What is before and after the sums may leave a few values in memory where there are 64 sums.
         most = 48 if "BulkKernel" in name else 0
         assert max(int(stack), int(stores), int(loads)) <= most, name
-        assert int(registers) <= (255 if "GatherKernel" in name else 128), name
+        most = {"GatherKernel": 255, "NarrowKernel": 64}
+        assert int(registers) <= next((n for kind, n in most.items() if kind in name), 128), name
 
 
 def test_symbols(library: Path) -> None:
@@ -109,7 +111,7 @@ def check_library(path: str) -> None:
     assert look_up(rows=0) == (OK, "")
     assert look_up(dtype=INT8)[0] == INVALID_ARGUMENT
     assert look_up(rows=-1) == (INVALID_ARGUMENT, "expected at least 0 rows, found -1")
-    for tactic in (AUTO, GATHER, SHARED):
+    for tactic in (AUTO, GATHER, SHARED, NARROW):
         status, text = look_up(tactic=tactic)
         assert status == CUDA_ERROR
         assert re.fullmatch(r"finding the CUDA device failed: .* \(cudaError\w+\)", text), text

@@ -52,7 +52,7 @@ ALL_TYPES = [int(kind) for kind in trt.DataType.__members__.values()]
 FLOATS = (FLOAT, HALF, BF16)
 NUMPY = {FLOAT: np.float32, HALF: np.float16, BF16: ml_dtypes.bfloat16, INT8: np.int8}
 RTOL = {FLOAT: 1e-5, HALF: 2e-3, BF16: 2e-2}  # of the largest output, by x's type
-AUTO, GATHER, SHARED = 0, 1, 2
+AUTO, GATHER, SHARED, NARROW = 0, 1, 2, 3
 CHAR = int(trt.PluginFieldType.CHAR)
 INT32 = int(trt.PluginFieldType.INT32)
 
@@ -398,7 +398,7 @@ def test_clones_outlive_their_original_and_share_nothing_with_it(host: Library) 
     assert original.configure(profile([-1, 6], [3, 5, 5, 7], x_type=HALF)) == 0
     del original
     for clone in clones:
-        assert clone.tactics() == [SHARED, GATHER]
+        assert clone.tactics() == [NARROW, SHARED, GATHER]
         inputs = arrays(FLOAT, FLOAT, (4, 6), (3, 5, 5, 7))
         assert evaluate(clone, *inputs, workspace=0) is None
         assert "expected a workspace" in host.only_line()  # SHARED
@@ -624,7 +624,7 @@ def test_tactics_are_the_kernels(host: Library) -> None:
     plugin = create(host)
     assert plugin.tactics() == []
     assert plugin.configure(profile(X, TABLE)) == 0
-    assert plugin.tactics() == [SHARED, GATHER]
+    assert plugin.tactics() == [NARROW, SHARED, GATHER]
 
 
 def test_tactics_without_a_device(cuda: Library) -> None:
@@ -632,7 +632,7 @@ def test_tactics_without_a_device(cuda: Library) -> None:
     plugin = create(cuda)
     assert plugin.configure(profile(X, TABLE)) == 0
     if torch.cuda.is_available():
-        assert set(plugin.tactics()) <= {GATHER, SHARED}
+        assert set(plugin.tactics()) <= {GATHER, SHARED, NARROW}
     else:
         assert plugin.tactics() == []
 
@@ -693,7 +693,7 @@ def test_values(host: Library, x_type: int, table_type: int) -> None:
     for shape in ((6,), (19, 6), (2, 3, 1, 6)):
         inputs = arrays(x_type, table_type, shape, TABLE)
         expected = expected_y(*inputs)
-        for tactic in (AUTO, GATHER, SHARED):
+        for tactic in (AUTO, GATHER, SHARED, NARROW):
             assert plugin.set_tactic(tactic) == 0
             y = evaluate(plugin, *inputs, workspace=4 * 7 * 19)
             assert y is not None, host.lines
@@ -718,7 +718,7 @@ def test_failures_of_the_kernels_are_reported(host: Library) -> None:
     assert host.only_line().endswith("expected the stream that TensorRT gave, found none")
     assert plugin.set_tactic(9) == 0
     assert evaluate(plugin, *inputs, workspace=0) is None
-    assert host.only_line().endswith("expected tactic 0, 1 or 2, found 9")
+    assert host.only_line().endswith("expected tactic 0, 1, 2 or 3, found 9")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so that CUDA does not refuse")

@@ -11,7 +11,7 @@ import torch
 from cases import UPSTREAM_LEAST_TILE, Case
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
-TACTICS = {"auto": 0, "gather": 1, "shared": 2}
+TACTICS = {"auto": 0, "gather": 1, "shared": 2, "narrow": 3}
 
 QuantizedTable = tuple[torch.Tensor, torch.Tensor | None]
 """Entries [P, G + 1, G + 1, N_out], and scales [P, N_out] where they are integers."""
@@ -64,21 +64,28 @@ def describe(table: torch.Tensor, scales: torch.Tensor | None) -> TableDesc:
     return TableDesc(table.data_ptr(), DTYPES[table.dtype], pairs, points - 1, outputs, pointer)
 
 
+def table_tactics(library: ctypes.CDLL, table: QuantizedTable) -> set[str]:
+    """Those that this GPU can look a table up with, AUTO among them."""
+    found = (ctypes.c_int32 * len(TACTICS))()
+    desc = ctypes.byref(describe(*table))
+    count = library.lmkan_cuda_tactics(desc, DTYPES[torch.float32], found, len(found))
+    return {name for name, number in TACTICS.items() if name == "auto" or number in found[:count]}
+
+
 def offered_tactics(library: ctypes.CDLL, tables: list[QuantizedTable]) -> list[str]:
-    """Those that this GPU can run all tables with, AUTO among them."""
-    names = list(TACTICS)
-    for table, scales in tables:
-        found = (ctypes.c_int32 * 2)()
-        desc = ctypes.byref(describe(table, scales))
-        count = library.lmkan_cuda_tactics(desc, DTYPES[torch.float32], found, len(found))
-        names = [name for name in names if name == "auto" or TACTICS[name] in found[:count]]
-    return names
+    """Those that this GPU can look at least one of the tables up with."""
+    offered = set().union(*(table_tactics(library, table) for table in tables))
+    return [name for name in TACTICS if name in offered]
 
 
 def library_form(
     library: ctypes.CDLL, tables: list[QuantizedTable], tactic: str, inputs: list[torch.Tensor]
 ) -> Form:
-    """Calls of the C interface whose arguments are prepared but for the stream."""
+    """Calls of the C interface whose arguments are prepared but for the stream.
+
+    Tables that lack the tactic are looked up with AUTO.
+    """
+    tactics = [TACTICS[tactic if tactic in table_tactics(library, table) else "auto"] for table in tables]
     rows, device, x_dtype = len(inputs[0]), inputs[0].device, inputs[0].dtype
     message, message_size = ctypes.create_string_buffer(512), 512
     buffers = [torch.empty((rows, t.shape[3]), dtype=x_dtype, device=device) for t, _ in tables]
@@ -86,16 +93,16 @@ def library_form(
     workspaces = []
     for x in inputs:
         calls.append([])
-        for (table, scales), source, y in zip(tables, [x, *buffers], buffers, strict=False):
+        for (table, scales), number, source, y in zip(tables, tactics, [x, *buffers], buffers, strict=False):
             desc, size = describe(table, scales), ctypes.c_size_t()
             status = library.lmkan_cuda_workspace_size(
-                desc, DTYPES[x_dtype], rows, TACTICS[tactic], ctypes.byref(size), message, message_size
+                desc, DTYPES[x_dtype], rows, number, ctypes.byref(size), message, message_size
             )
             if status != 0:
                 raise RuntimeError(message.value.decode())
             workspaces.append(torch.empty(size.value, dtype=torch.uint8, device=device))
             calls[-1].append(
-                (desc, DTYPES[x_dtype], source.data_ptr(), y.data_ptr(), rows, TACTICS[tactic],
+                (desc, DTYPES[x_dtype], source.data_ptr(), y.data_ptr(), rows, number,
                  workspaces[-1].data_ptr() or None, size.value)
             )  # fmt: skip
 

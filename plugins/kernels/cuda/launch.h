@@ -1,4 +1,4 @@
-// Launches of the two tactics.
+// Launches of the tactics.
 #ifndef LMKAN_KERNELS_CUDA_LAUNCH_H_
 #define LMKAN_KERNELS_CUDA_LAUNCH_H_
 
@@ -18,7 +18,10 @@ cudaError_t LaunchGather(const Lookup& lookup, const GatherPlan& plan, cudaStrea
 cudaError_t LaunchShared(const Lookup& lookup, const SharedPlan& plan, int32_t shared_per_block,
                          cudaStream_t stream);
 
-// The same with slices copied by hardware. False where that can't be done, and nothing was
+cudaError_t LaunchNarrow(const Lookup& lookup, const NarrowPlan& plan, int32_t shared_per_block,
+                         cudaStream_t stream);
+
+// LaunchShared with slices copied by hardware. False where that can't be done, and nothing was
 // launched.
 bool LaunchBulk(const Lookup& lookup, const SharedPlan& plan, int32_t shared_per_block,
                 cudaStream_t stream, cudaError_t* error);
@@ -27,11 +30,12 @@ bool LaunchBulk(const Lookup& lookup, const SharedPlan& plan, int32_t shared_per
 // compiled for a device, it runs what was written for an older one, which may not.
 bool HasBulkCode(int device);
 
-// Whether the current device can run the kernels for a type of entries. This also loads them, so
+// Whether the current device can run the kernels for such a table. This also loads them, so
 // that later launches need not.
 cudaError_t LoadGather(lmkan_dtype table_dtype);
 cudaError_t LoadShared(lmkan_dtype table_dtype);
 cudaError_t LoadBulk(lmkan_dtype table_dtype);
+cudaError_t LoadNarrow(lmkan_dtype table_dtype, int64_t num_outputs);
 
 // The blocks of a kernel take turns at `items` items, since a grid has less than 2^31 blocks.
 template <class Arguments>

@@ -114,9 +114,10 @@ lmkan_status CheckRows(const lmkan_table_desc& desc, int64_t rows, const Message
 }
 
 lmkan_status CheckTactic(lmkan_cuda_tactic tactic, const Message& message) {
-  if (tactic >= LMKAN_CUDA_AUTO && tactic <= LMKAN_CUDA_SHARED) return LMKAN_OK;
+  if (tactic >= LMKAN_CUDA_AUTO && tactic <= LMKAN_CUDA_NARROW) return LMKAN_OK;
   return Fail(LMKAN_INVALID_ARGUMENT, message,
-              "expected a tactic of AUTO (0), GATHER (1) or SHARED (2), found %d", tactic);
+              "expected a tactic of AUTO (0), GATHER (1), SHARED (2) or NARROW (3), found %d",
+              tactic);
 }
 
 lmkan_status CheckTable(const lmkan_table_desc& desc, const Message& message) {
@@ -195,7 +196,19 @@ lmkan_status Run(const lmkan_table_desc& desc, lmkan_dtype dtype, const void* x,
   const Lookup lookup = MakeLookup(desc, dtype, x, y, rows);
   const bool is_shared =
       tactic == LMKAN_CUDA_SHARED || (tactic == LMKAN_CUDA_AUTO && PrefersShared(problem, device));
-  if (is_shared) {
+  if (tactic == LMKAN_CUDA_NARROW) {
+    const NarrowPlan plan = PlanNarrow(problem, device);
+    if (plan.warp_rows == 0) {
+      return Fail(
+          LMKAN_UNSUPPORTED, message,
+          "expected at most %d outputs for tactic NARROW (3), and %d pairs' slices within the "
+          "%d bytes of shared memory of this device, found %lld outputs and %lld grid cells "
+          "an axis: use tactic GATHER (1) or AUTO (0)",
+          kNarrowMostOutputs, 32, device.shared_per_block, static_cast<long long>(desc.num_outputs),
+          static_cast<long long>(desc.num_grids));
+    }
+    error = LaunchNarrow(lookup, plan, device.shared_per_block, stream);
+  } else if (is_shared) {
     const SharedPlan plan = PlanShared(problem, device);
     if (plan.threads == 0) {
       return Fail(
@@ -223,10 +236,14 @@ int32_t lmkan_cuda_tactics(const lmkan_table_desc* desc, lmkan_dtype dtype,
   using namespace lmkan::cuda;
   const Message none{nullptr, 0};
   if (CheckDesc(desc, none) != LMKAN_OK || CheckDtype(dtype, none) != LMKAN_OK) return 0;
-  lmkan_cuda_tactic found[2];
+  lmkan_cuda_tactic found[3];
   int32_t count = 0;
   Device device;
   cudaError_t error = GetDevice(&device);
+  if (error == cudaSuccess && PlanNarrow(DescribeProblem(*desc, 1), device).warp_rows != 0) {
+    error = LoadNarrow(desc->dtype, desc->num_outputs);
+    found[count++] = LMKAN_CUDA_NARROW;
+  }
   if (error == cudaSuccess && PlanShared(DescribeProblem(*desc, 1), device).threads != 0) {
     error = LoadShared(desc->dtype);
     if (error == cudaSuccess && device.copies_in_bulk) error = LoadBulk(desc->dtype);

@@ -41,11 +41,15 @@ struct Features {
   // Loads pair `pair`, a multiple of PairsPerLoad, and those up to the next multiple.
   __device__ void Load(const Lookup& lookup, int64_t row, int64_t pair, int32_t pairs_per_load) {
     const int64_t offset = FeaturesOffset(row, pair, lookup.num_pairs);
-    const bool is_wide = lookup.x_dtype == LMKAN_FLOAT32;
-    const char* at = static_cast<const char*>(lookup.x) + offset * (is_wide ? 4 : 2);
+    const char* const x = static_cast<const char*>(lookup.x);
+    LoadAt(x + offset * (lookup.x_dtype == LMKAN_FLOAT32 ? 4 : 2), lookup.x_dtype, pairs_per_load);
+  }
+
+  // The same from the place of the pair in x.
+  __device__ void LoadAt(const char* at, lmkan_dtype dtype, int32_t pairs_per_load) {
     if (pairs_per_load > 1) {
       bits = __ldg(reinterpret_cast<const uint4*>(at));
-    } else if (is_wide) {
+    } else if (dtype == LMKAN_FLOAT32) {
       const uint2 pair_bits = __ldg(reinterpret_cast<const uint2*>(at));
       bits.x = pair_bits.x;
       bits.y = pair_bits.y;

@@ -14,6 +14,9 @@ constexpr double kSharedBytes = 128;
 // Bytes in which L2 is read.
 constexpr int32_t kSectorBytes = 32;
 
+// Shared memory that the system takes of each block that runs.
+constexpr int32_t kBlockReserve = 1 << 10;
+
 // Grids beyond that would leave no room for slices; it also keeps the sizes below within 32 bits.
 constexpr int32_t kMostSharedGrids = 64;
 
@@ -124,6 +127,29 @@ SharedPlan PlanShared(const Problem& problem, const Device& device) {
     least_clocks = clocks;
   }
   return best;
+}
+
+NarrowPlan PlanNarrow(const Problem& problem, const Device& device) {
+  NarrowPlan plan = {};
+  if (problem.num_outputs > kNarrowMostOutputs || problem.num_grids > kMostSharedGrids) return plan;
+  constexpr int32_t kWarp = 32;
+  const int32_t points = problem.num_grids + 1;
+  const auto outputs = static_cast<int32_t>(problem.num_outputs);
+  plan.cell_bytes = CellBytes(problem.num_grids);
+  const int32_t warp_bytes = kWarp * points * points * outputs * EntryBytes(problem.table_dtype);
+
+  // As much as lets two blocks run on a multiprocessor, one of which copies while the other adds;
+  // or all that there is.
+  const int32_t most = device.shared_per_block - plan.cell_bytes;
+  const int32_t half = (device.shared_per_block - kBlockReserve) / 2 - plan.cell_bytes;
+  const int64_t room = std::max(half / warp_bytes, std::min(most / warp_bytes, 1));
+  if (room < 1) return {};
+  plan.pairs = static_cast<int32_t>(std::min(room, Ceil(problem.num_pairs, kWarp))) * kWarp;
+  plan.shared_bytes = plan.cell_bytes + plan.pairs / kWarp * warp_bytes;
+  plan.warp_rows = kNarrowSums / PowerOfTwoUpTo(2 * outputs - 1);
+  plan.num_items = Ceil(problem.rows, plan.rows());
+  plan.blocks = std::min<int64_t>(plan.num_items, int64_t{2} * device.num_processors);
+  return plan;
 }
 
 bool PrefersBulk(const Problem& problem, const Device& device) {

@@ -97,6 +97,25 @@ struct SharedPlan {
 
 SharedPlan PlanShared(const Problem& problem, const Device& device);
 
+// NARROW: a block has the slices of some pairs in shared memory, [pairs][(G+1)^2][num_outputs].
+// Each of its warps computes as many rows as make kNarrowSums sums.
+inline constexpr int kNarrowThreads = 512;
+inline constexpr int kNarrowSums = 16;
+inline constexpr int kNarrowMostOutputs = 8;
+
+struct NarrowPlan {
+  int32_t warp_rows;   // 0: too many outputs, or slices that don't fit this device
+  int32_t pairs;       // whose slices are in shared memory at a time, a multiple of 32
+  int32_t cell_bytes;  // of the grid at the start of shared memory
+  int32_t shared_bytes;
+  int64_t num_items;  // of rows
+  int64_t blocks;     // no more than run at a time, since each copies slices
+
+  LMKAN_HOST_DEVICE int32_t rows() const { return kNarrowThreads / 32 * warp_rows; }
+};
+
+NarrowPlan PlanNarrow(const Problem& problem, const Device& device);
+
 // Whether slices should be copied by hardware.
 bool PrefersBulk(const Problem& problem, const Device& device);
 

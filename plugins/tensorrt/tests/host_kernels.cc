@@ -7,7 +7,7 @@
 namespace {
 
 bool IsTactic(lmkan_cuda_tactic tactic) {
-  return tactic >= LMKAN_CUDA_AUTO && tactic <= LMKAN_CUDA_SHARED;
+  return tactic >= LMKAN_CUDA_AUTO && tactic <= LMKAN_CUDA_NARROW;
 }
 
 }  // namespace
@@ -16,9 +16,10 @@ extern "C" {
 
 int32_t lmkan_cuda_tactics(const lmkan_table_desc*, lmkan_dtype, lmkan_cuda_tactic* tactics,
                            int32_t capacity) {
-  constexpr lmkan_cuda_tactic kTactics[] = {LMKAN_CUDA_SHARED, LMKAN_CUDA_GATHER};
-  for (int32_t i = 0; i < 2 && i < capacity; ++i) tactics[i] = kTactics[i];
-  return 2;
+  constexpr lmkan_cuda_tactic kTactics[] = {LMKAN_CUDA_NARROW, LMKAN_CUDA_SHARED,
+                                            LMKAN_CUDA_GATHER};
+  for (int32_t i = 0; i < 3 && i < capacity; ++i) tactics[i] = kTactics[i];
+  return 3;
 }
 
 // SHARED pretends to need room for y in float32.
@@ -26,7 +27,7 @@ lmkan_status lmkan_cuda_workspace_size(const lmkan_table_desc* desc, lmkan_dtype
                                        lmkan_cuda_tactic tactic, size_t* bytes, char* message,
                                        size_t message_size) {
   if (!IsTactic(tactic)) {
-    std::snprintf(message, message_size, "expected tactic 0, 1 or 2, found %d", tactic);
+    std::snprintf(message, message_size, "expected tactic 0, 1, 2 or 3, found %d", tactic);
     return LMKAN_INVALID_ARGUMENT;
   }
   const auto outputs = static_cast<size_t>(rows * desc->num_outputs);

@@ -15,7 +15,7 @@ const char* WhyNoDevice();
 
 // Devices that differ in their multiprocessors and shared memory: several where they are emulated.
 int NumDevices();
-inline constexpr int kDevicesOfGather = 3;  // after which they differ in how slices are copied
+inline constexpr int kDevicesWithoutAccelerator = 3;  // the first ones
 void UseDevice(int index);
 
 // Tests of what emulated devices lack; nothing there. Small ones allocate little and are over soon,

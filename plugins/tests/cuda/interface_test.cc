@@ -92,7 +92,7 @@ void TestArguments() {
   for (const int64_t bad : {int64_t{-1}, kLeast, kMost, kMost / 4}) {
     ExpectInvalid(std::to_string(bad), [&](Call& call) { call.rows = bad; });
   }
-  for (const lmkan_cuda_tactic tactic : {-1, 3}) {
+  for (const lmkan_cuda_tactic tactic : {-1, 4}) {
     ExpectInvalid(std::to_string(tactic), [&](Call& call) { call.tactic = tactic; });
   }
   ExpectInvalid("the table aligned", [](Call& call) { call.desc.data = values + 1; });
@@ -123,7 +123,7 @@ void TestFailures() {
   ExpectFailure({}, LMKAN_CUDA_ERROR, "CUDA driver version is insufficient");
   emulation::device = {};
   emulation::device.launch_error = cudaErrorNoKernelImageForDevice;
-  for (const lmkan_cuda_tactic tactic : {LMKAN_CUDA_GATHER, LMKAN_CUDA_SHARED}) {
+  for (const lmkan_cuda_tactic tactic : {LMKAN_CUDA_GATHER, LMKAN_CUDA_SHARED, LMKAN_CUDA_NARROW}) {
     Call call;
     call.tactic = tactic;
     ExpectFailure(call, LMKAN_CUDA_ERROR, "no kernel image");
@@ -133,13 +133,19 @@ void TestFailures() {
   call.tactic = LMKAN_CUDA_SHARED;
   call.desc.num_grids = 42;
   ExpectFailure(call, LMKAN_UNSUPPORTED, "42 grid cells");
+  call.tactic = LMKAN_CUDA_NARROW;
+  ExpectFailure(call, LMKAN_UNSUPPORTED, "42 grid cells");
+  call.desc.num_grids = 4;
+  call.desc.num_outputs = 9;
+  ExpectFailure(call, LMKAN_UNSUPPORTED, "9 outputs");
 }
 
 void TestTactics() {
-  const auto tactics = [](int64_t num_grids, lmkan_dtype dtype = LMKAN_FLOAT32) {
-    lmkan_table_desc desc = {nullptr, LMKAN_FLOAT32, 2, num_grids, 3, nullptr};
-    lmkan_cuda_tactic found[3] = {-1, -1, -1};
-    const int32_t count = lmkan_cuda_tactics(&desc, dtype, found, 3);
+  const auto tactics = [](int64_t num_grids, lmkan_dtype dtype = LMKAN_FLOAT32,
+                          int64_t num_outputs = 9) {
+    lmkan_table_desc desc = {nullptr, LMKAN_FLOAT32, 2, num_grids, num_outputs, nullptr};
+    lmkan_cuda_tactic found[4] = {-1, -1, -1, -1};
+    const int32_t count = lmkan_cuda_tactics(&desc, dtype, found, 4);
     std::string text = std::to_string(count);
     for (int32_t i = 0; i < 3; ++i) text += " " + std::to_string(found[i]);
     LMKAN_EXPECT(lmkan_cuda_tactics(&desc, dtype, nullptr, 0) == count, "without a place");
@@ -151,6 +157,12 @@ void TestTactics() {
   LMKAN_EXPECT(tactics(41) == "2 2 1 -1", "G 41: %s", tactics(41).c_str());
   LMKAN_EXPECT(tactics(42) == "1 1 -1 -1", "G 42: %s", tactics(42).c_str());
   LMKAN_EXPECT(tactics(46339) == "1 1 -1 -1", "G 46339: %s", tactics(46339).c_str());
+  for (const auto& [num_outputs, most_grids] : {std::pair{1, 41}, {2, 29}, {8, 14}}) {
+    const std::string within = tactics(most_grids, LMKAN_FLOAT32, num_outputs);
+    const std::string beyond = tactics(most_grids + 1, LMKAN_FLOAT32, num_outputs);
+    LMKAN_EXPECT(within == "3 3 2 1", "G %d: %s", most_grids, within.c_str());
+    LMKAN_EXPECT(beyond[0] < '3', "G %d: %s", most_grids + 1, beyond.c_str());
+  }
   LMKAN_EXPECT(tactics(2)[0] == '0' && tactics(26, LMKAN_INT8)[0] == '0', "an invalid table");
   LMKAN_EXPECT(lmkan_cuda_tactics(nullptr, LMKAN_FLOAT32, nullptr, 0) == 0, "no table");
   emulation::device.error = cudaErrorInsufficientDriver;
@@ -165,7 +177,8 @@ void TestTactics() {
 void TestWorkspace() {
   const lmkan_table_desc desc = {nullptr, LMKAN_INT8, 2, 4, 3, nullptr};
   char message[256] = "";
-  for (const lmkan_cuda_tactic tactic : {LMKAN_CUDA_AUTO, LMKAN_CUDA_GATHER, LMKAN_CUDA_SHARED}) {
+  for (const lmkan_cuda_tactic tactic :
+       {LMKAN_CUDA_AUTO, LMKAN_CUDA_GATHER, LMKAN_CUDA_SHARED, LMKAN_CUDA_NARROW}) {
     size_t bytes = 1;
     LMKAN_EXPECT(lmkan_cuda_workspace_size(&desc, LMKAN_FLOAT16, 1000, tactic, &bytes, message,
                                            sizeof message) == LMKAN_OK &&
@@ -200,6 +213,12 @@ void TestPlans() {
                              gather.shared_bytes <= 48 << 10,
                          "%d threads, %d rows, %d pairs, %d splits, %d bytes", gather.threads(),
                          gather.rows, gather.pairs, gather.splits, gather.shared_bytes);
+            const cuda::NarrowPlan narrow = cuda::PlanNarrow(problem, device);
+            LMKAN_EXPECT(
+                (narrow.warp_rows == 0) == (outputs > cuda::kNarrowMostOutputs) &&
+                    narrow.pairs % 32 == 0 && narrow.shared_bytes <= device.shared_per_block &&
+                    narrow.blocks <= narrow.num_items,
+                "%d rows, %d pairs, %d bytes", narrow.warp_rows, narrow.pairs, narrow.shared_bytes);
             const cuda::SharedPlan shared = cuda::PlanShared(problem, device);
             if (pairs > INT32_MAX) {
               LMKAN_EXPECT(shared.threads == 0, "more pairs than the kernel counts");

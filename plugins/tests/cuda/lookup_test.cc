@@ -1,4 +1,4 @@
-// Lookups of both tactics on a device: values against the float64 oracle, rows that must not depend
+// Lookups of all tactics on a device: values against the float64 oracle, rows that must not depend
 // on their batch, features that are not finite, and memory that must not be touched. With the
 // argument "small" less of what only a GPU has.
 #include <cmath>
@@ -19,15 +19,16 @@
 namespace lmkan::test {
 namespace {
 
-constexpr lmkan_cuda_tactic kTactics[] = {LMKAN_CUDA_GATHER, LMKAN_CUDA_SHARED};
+constexpr lmkan_cuda_tactic kTactics[] = {LMKAN_CUDA_GATHER, LMKAN_CUDA_SHARED, LMKAN_CUDA_NARROW};
 
 const char* TacticName(lmkan_cuda_tactic tactic) {
-  return tactic == LMKAN_CUDA_GATHER ? "gather" : tactic == LMKAN_CUDA_SHARED ? "shared" : "auto";
+  constexpr const char* kNames[] = {"auto", "gather", "shared", "narrow"};
+  return kNames[tactic];
 }
 
-// Whether a tactic runs otherwise than on the devices before: GATHER never copies slices.
+// Whether a tactic runs otherwise than on the devices before: only SHARED copies by hardware.
 bool Differs(int device, lmkan_cuda_tactic tactic) {
-  return device < kDevicesOfGather || tactic != LMKAN_CUDA_GATHER;
+  return device < kDevicesWithoutAccelerator || tactic == LMKAN_CUDA_SHARED;
 }
 
 // A table in device memory.
@@ -58,8 +59,8 @@ std::string Describe(const Shape& shape, lmkan_dtype table_dtype, lmkan_dtype x_
 
 bool Offers(DeviceTable& table, lmkan_cuda_tactic tactic) {
   const lmkan_table_desc desc = table.desc();
-  lmkan_cuda_tactic tactics[2];
-  const int32_t count = lmkan_cuda_tactics(&desc, LMKAN_FLOAT32, tactics, 2);
+  lmkan_cuda_tactic tactics[3];
+  const int32_t count = lmkan_cuda_tactics(&desc, LMKAN_FLOAT32, tactics, 3);
   for (int32_t i = 0; i < count; ++i) {
     if (tactics[i] == tactic) return true;
   }
@@ -134,7 +135,7 @@ void TestValues(const Shape& shape, lmkan_dtype table_dtype, lmkan_dtype x_dtype
     ExpectClose(shape, reference, y, Describe(shape, table_dtype, x_dtype, tactic));
     auto_is_known |= IsEqual(y.data(), chosen.data(), static_cast<int64_t>(y.num_bytes()));
   }
-  LMKAN_EXPECT(auto_is_known, "%s: differs from both tactics",
+  LMKAN_EXPECT(auto_is_known, "%s: differs from all tactics",
                Describe(shape, table_dtype, x_dtype, LMKAN_CUDA_AUTO).c_str());
 }
 
@@ -170,6 +171,12 @@ void TestAllValues() {
     // Grids that are too large for shared memory, and to be passed.
     TestValues({2, 45, 9, 19}, table_dtype, LMKAN_FLOAT32, ++turn);
     TestValues({2, 251, 1, 40}, table_dtype, LMKAN_FLOAT32, ++turn);
+    // Few outputs of more pairs than a warp has threads, than fit shared memory, and of more rows
+    // than a block has.
+    TestValues({40, 5, 1, 300}, table_dtype, LMKAN_FLOAT32, ++turn);
+    TestValues({33, 28, 2, 70}, table_dtype, LMKAN_BFLOAT16, ++turn);
+    TestValues({100, 12, 3, 70}, table_dtype, LMKAN_FLOAT16, ++turn);
+    TestValues({65, 9, 8, 40}, table_dtype, LMKAN_FLOAT32, ++turn);
   }
 }
 
@@ -197,6 +204,7 @@ void TestLargestIntegers() {
   const Reference reference = EvaluateByPair(shape, x.ToDoubles(), table);
   DeviceTable device_table(table, Placement::kHeap);
   for (const lmkan_cuda_tactic tactic : kTactics) {
+    if (!Offers(device_table, tactic)) continue;
     ExpectClose(shape, reference, Lookup(device_table, x, tactic),
                 Describe(shape, LMKAN_INT8, LMKAN_FLOAT32, tactic) + ", largest integers");
   }
@@ -214,6 +222,7 @@ void TestBatches(const Shape& shape, lmkan_dtype table_dtype, lmkan_dtype x_dtyp
   const auto y_bytes = shape.num_outputs * static_cast<int64_t>(ElementSize(x_dtype));
   for (const lmkan_cuda_tactic tactic : kTactics) {
     UseDevice(0);
+    if (!Offers(table, tactic)) continue;
     const Array whole = Lookup(table, x, tactic);
     for (int device = 0; device < NumDevices(); ++device) {
       if (!Differs(device, tactic)) continue;
@@ -241,6 +250,7 @@ void TestNonfinite(const Shape& shape, lmkan_dtype table_dtype, lmkan_dtype x_dt
   for (const bool is_zero : {false, true}) {
     DeviceTable table(is_zero ? Table(shape, table_dtype) : MakeTable(shape, table_dtype, 1),
                       Placement::kHeap);
+    if (!Offers(table, tactic)) return;
     const Array x = MakeX(shape, x_dtype, 2);
     const Array y = Lookup(table, x, tactic);
     const int64_t features = 2 * shape.num_pairs;
@@ -284,7 +294,7 @@ void TestBounds(const Shape& shape, lmkan_dtype table_dtype, lmkan_dtype x_dtype
     for (int device = 0; device < NumDevices(); ++device) {
       UseDevice(device);
       for (const lmkan_cuda_tactic tactic : kTactics) {
-        if (Differs(device, tactic)) Lookup(table, x, tactic, placement);
+        if (Differs(device, tactic) && Offers(table, tactic)) Lookup(table, x, tactic, placement);
       }
     }
     LMKAN_EXPECT(IsEqual(table.entries.Read().data(), values.entries.data(),
@@ -312,7 +322,10 @@ int main(int argc, char** argv) {
       ++turn;
       constexpr Shape kBatchShapes[] = {{9, 5, 40, 300}, {5, 4, 144, 520}, {64, 3, 21, 201}};
       if (x_dtype != LMKAN_BFLOAT16) TestBatches(kBatchShapes[turn % 3], table_dtype, x_dtype);
-      constexpr Shape kNonfiniteShapes[] = {{1, 3, 1, 1}, {5, 8, 33, 5}, {3, 26, 16, 19}};
+      constexpr Shape kNarrowShapes[] = {{70, 14, 1, 300}, {40, 8, 5, 201}};
+      if (x_dtype == LMKAN_FLOAT32) TestBatches(kNarrowShapes[turn / 3 % 2], table_dtype, x_dtype);
+      constexpr Shape kNonfiniteShapes[] = {
+          {1, 3, 1, 1}, {5, 8, 33, 5}, {3, 26, 16, 19}, {3, 5, 3, 9}};
       UseDevice(1);
       for (const lmkan_cuda_tactic tactic : kTactics) {
         for (const Shape& shape : kNonfiniteShapes) {

@@ -53,6 +53,9 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 void __syncthreads();
 void __syncwarp();
 
+// What the thread whose lane differs in the bits of `distance` gives. All lanes take part.
+float __shfl_xor_sync(unsigned int lanes, float given, int distance);
+
 template <class T>
 T __ldg(const T* at) {
   return *at;

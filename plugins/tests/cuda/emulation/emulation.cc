@@ -1,5 +1,6 @@
 #include <ucontext.h>
 
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -34,8 +35,12 @@ int64_t num_launches = 0;
 
 namespace {
 
-constexpr size_t kStackBytes = 128 << 10;
+// Twice what the kernels need with the address sanitizer, which clears its notes of a stack at each
+// change.
+constexpr size_t kStackBytes = 32 << 10;
 constexpr int kDefaultSharedLimit = 48 << 10;
+
+constexpr unsigned int kMostThreads = 1024;
 
 enum class State { kRunning, kAtBarrier, kAtWarpBarrier, kDone };
 
@@ -44,11 +49,11 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   std::vector<Copy> started;
   std::vector<std::vector<Copy>> committed;
-  State state = State::kRunning;
   void* fake_stack = nullptr;  // the address sanitizer's
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
+std::array<State, kMostThreads> states;  // of the block's threads
 Fiber* current = nullptr;
 ucontext_t scheduler;
 const std::function<void()>* thread_function = nullptr;
@@ -93,7 +98,7 @@ void FiberMain() {
     if (!current->started.empty() || !current->committed.empty()) {
       Stop("a thread ended before its copies did");
     }
-    current->state = State::kDone;
+    states[threadIdx.x] = State::kDone;
     LeaveFiber();
   }
 }
@@ -104,6 +109,7 @@ void Resume(Fiber* fiber, unsigned int thread) {
   BeforeFiber(fiber);
   swapcontext(&scheduler, &fiber->context);
   InScheduler();
+  if (fiber->stack[0] != 0) Stop("a thread needs more stack");
 }
 
 void MakeFibers(size_t count) {
@@ -127,12 +133,12 @@ void ReleaseIfComplete(unsigned int first, unsigned int count, State barrier) {
   unsigned int arrived = 0;
   unsigned int ended = 0;
   for (unsigned int t = first; t < first + count; ++t) {
-    arrived += fibers[t]->state == barrier ? 1 : 0;
-    ended += fibers[t]->state == State::kDone ? 1 : 0;
+    arrived += states[t] == barrier ? 1 : 0;
+    ended += states[t] == State::kDone ? 1 : 0;
   }
   if (arrived == 0 || arrived + ended < count) return;
   if (ended > 0) Stop("a barrier that not all threads reach");
-  for (unsigned int t = first; t < first + count; ++t) fibers[t]->state = State::kRunning;
+  for (unsigned int t = first; t < first + count; ++t) states[t] = State::kRunning;
   has_progress = true;
 }
 
@@ -146,18 +152,18 @@ bool IsLate(unsigned int thread, unsigned int round) {
 }
 
 void RunBlock(unsigned int threads) {
-  for (unsigned int t = 0; t < threads; ++t) fibers[t]->state = State::kRunning;
+  for (unsigned int t = 0; t < threads; ++t) states[t] = State::kRunning;
   int idle_rounds = 0;
   for (unsigned int round = 0;; ++round) {
     has_progress = false;
     bool is_over = true;
     for (unsigned int i = 0; i < threads; ++i) {
       const unsigned int t = round % 2 == 0 ? i : threads - 1 - i;
-      if (fibers[t]->state == State::kRunning) {
+      if (states[t] == State::kRunning) {
         if (!IsLate(t, round)) Resume(fibers[t].get(), t);
-        has_progress |= fibers[t]->state != State::kRunning;
+        has_progress |= states[t] != State::kRunning;
       }
-      is_over &= fibers[t]->state == State::kDone;
+      is_over &= states[t] == State::kDone;
     }
     if (is_over) return;
     for (unsigned int first = 0; first < threads; first += kWarp) {
@@ -182,7 +188,7 @@ void PrepareSharedMemory(size_t bytes) {
 
 void WaitAt(State barrier) {
   const unsigned int thread = threadIdx.x;
-  current->state = barrier;
+  states[thread] = barrier;
   LeaveFiber();
   if (threadIdx.x != thread) Stop("a fiber runs as another thread");
 }
@@ -215,7 +221,7 @@ cudaError_t Run(const void* kernel, const cudaLaunchConfig_t& config,
   const int limit = shared_limits.count(kernel) != 0 ? shared_limits[kernel] : kDefaultSharedLimit;
   if (device.launch_error != cudaSuccess) return last_error = device.launch_error;
   if (config.gridDim.x == 0 || config.gridDim.x > INT32_MAX || config.blockDim.x == 0 ||
-      config.blockDim.x > 1024 || config.dynamicSmemBytes > static_cast<size_t>(limit)) {
+      config.blockDim.x > kMostThreads || config.dynamicSmemBytes > static_cast<size_t>(limit)) {
     return last_error = cudaErrorInvalidConfiguration;
   }
   ++num_launches;
@@ -236,6 +242,17 @@ cudaError_t Run(const void* kernel, const cudaLaunchConfig_t& config,
 void __syncthreads() { emulation::WaitAt(emulation::State::kAtBarrier); }
 
 void __syncwarp() { emulation::WaitAt(emulation::State::kAtWarpBarrier); }
+
+float __shfl_xor_sync(unsigned int lanes, float given, int distance) {
+  static float gifts[emulation::kMostThreads];
+  if (lanes != 0xffffffffu || distance < 1 || distance > 31) emulation::Stop("a wrong shuffle");
+  const unsigned int thread = threadIdx.x;
+  gifts[thread] = given;
+  __syncwarp();
+  const float taken = gifts[thread ^ static_cast<unsigned int>(distance)];
+  __syncwarp();
+  return taken;
+}
 
 void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
   if (bytes != 4 && bytes != 8 && bytes != 16) emulation::Stop("a copy of a wrong size");

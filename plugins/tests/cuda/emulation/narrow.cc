@@ -1,0 +1,2 @@
+// The kernels of NARROW as C++.
+#include "kernels/cuda/narrow.cu"
