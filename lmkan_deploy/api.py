@@ -126,11 +126,8 @@ def export(
         ModelError: The file can't be written.
     """
     check_tolerance(rtol)
+    _check_comparison(check, rtol, inputs)
     _check_table_options(table_dtype, calibration, max_error)
-    if inputs is not None and not check:
-        raise ExportError(
-            "expected --verify with --inputs, which are compared on, found none; leave out --no-verify"
-        )
     if opset is not None and opset > MAX_OPSET:
         raise ExportError(f"expected ONNX opset {MAX_OPSET} or earlier, found {opset}; pass another --opset")
     path = None if output is None else output_file(output)
@@ -264,6 +261,7 @@ def optimize(
 
     selected = select_passes(passes, without_passes)
     check_tolerance(rtol)
+    _check_comparison(check, rtol)
     _check_table_options(table_dtype, calibration, max_error)
     narrow = table_dtype not in (None, "float32") or max_error is not None
     path = output_file(output)
@@ -553,6 +551,19 @@ def _telling(cases: Mapping[str, Arrays], calibration: Arrays | None) -> Mapping
         return cases
     given = {name: feeds for name, feeds in cases.items() if not name.startswith(RANDOM_CASE)}
     return {"calibration": dict(calibration), **given}
+
+
+def _check_comparison(check: bool, rtol: float | None, inputs: Feeds | None = None) -> None:
+    if check:
+        return
+    for option, found, purpose in (
+        ("--inputs", inputs, "are compared on"),
+        ("--rtol", rtol, "limits errors"),
+    ):
+        if found is not None:
+            raise ExportError(
+                f"expected --verify with {option}, which {purpose}, found none; leave out --no-verify"
+            )
 
 
 def _check_table_options(

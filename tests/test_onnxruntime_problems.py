@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -166,3 +167,29 @@ def test_more_than_the_memory_holds(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="intermediate results, found too little; run fewer rows at a time"):
         load_runner(tmp_path / "m.onnx").run({"shape": np.array([1 << 50], np.int64)})
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "onnxruntime-function"])
+def test_empty_batches_that_would_end_the_process(
+    runtime: str, stack: ExportedStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in "xy")
+    node = helper.make_node("Einsum", ["x", "x"], ["y"], equation="ij,ij->ij")
+    model = helper.make_model(
+        helper.make_graph([node], "g", [x], [y]), opset_imports=[helper.make_opsetid("", 20)], ir_version=9
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    monkeypatch.setattr(onnxruntime, "__version__", "1.24.4")
+    runner = load_runner(tmp_path / "m.onnx", runtime)
+    empty = {"x": np.zeros((0, 4), np.float32)}
+    for call in (runner.run, runner.bind):
+        with pytest.raises(
+            InputError, match=r"at least one row of x, found shape \[0, 4\]: .* before 1\.25 "
+        ):
+            call(empty)
+    assert runner.run({"x": np.full((2, 4), 3, np.float32)})["y"].tolist() == [[9] * 4] * 2
+    lookups = load_runner(stack.onnx, runtime)
+    sizes = [0 if isinstance(size, str) else size for size in lookups.inputs[0].shape]
+    assert lookups.run({lookups.inputs[0].name: np.zeros(sizes, np.float32)})["y"].shape[0] == 0
+    monkeypatch.setattr(onnxruntime, "__version__", "1.25.0")
+    assert not load_runner(tmp_path / "m.onnx", runtime)._needs_rows

@@ -261,10 +261,13 @@ def test_options_without_a_use_are_refused(stack: ExportedStack, tmp_path: Path)
     for options, message in (
         ({"calibration": x}, "expected narrow tables with --calibration"),
         ({"calibration": x, "table_dtype": "float32"}, "expected narrow tables with --calibration"),
-        ({"inputs": x, "check": False}, "leave out --no-verify"),
+        ({"inputs": x, "check": False}, "--inputs, which are compared on, found none; leave out --no-verify"),
+        ({"rtol": 0.0, "check": False}, "--rtol, which limits errors, found none; leave out --no-verify"),
     ):
         with pytest.raises(ExportError, match=message):
             lmkan_deploy.export(stack.checkpoint, output, **options)
+    with pytest.raises(ExportError, match="--rtol, which limits errors"):
+        lmkan_deploy.optimize(stack.onnx, output, rtol=1e-3, check=False)
     for options, message in (
         ({"outputs": x, "inputs": x, "reference_model": stack.onnx}, "found outputs and reference_model"),
         ({"checkpoint": stack.checkpoint, "outputs": x}, "found checkpoint and outputs"),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lmkan_deploy.errors import InputError, LibraryError, ModelError
 from lmkan_deploy.runtime.axis_limits import noted_limits
 from lmkan_deploy.runtime.libraries import get_library_path
-from lmkan_deploy.runtime.onnxruntime_problems import load_problem, run_problem
+from lmkan_deploy.runtime.onnxruntime_problems import ends_at_empty_batches, load_problem, run_problem
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs, numpy_dtype
 
 if TYPE_CHECKING:
@@ -117,11 +117,12 @@ class OnnxRuntimeRunner:
                 f"expected inputs that are tensors of numbers, found {other.name}, a {other.dtype}"
             )
         self.limits = noted_limits(self.session.get_modelmeta().custom_metadata_map)
+        self._needs_rows = ends_at_empty_batches(path, ort.__version__)
         self._has_bfloat16 = "bfloat16" in {spec.dtype for spec in (*self.inputs, *self.outputs)}
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
         """See `Runner.run`."""
-        check_inputs(self.inputs, feeds, self.limits)
+        self._check(feeds)
         try:
             if self._has_bfloat16:
                 return self._run_ort_values(feeds)
@@ -139,11 +140,20 @@ class OnnxRuntimeRunner:
         Raises:
             InputError: The arrays don't fit the inputs.
         """
-        check_inputs(self.inputs, feeds, self.limits)
+        self._check(feeds)
         if self._has_bfloat16:
             values = {name: _to_ort_value(np.ascontiguousarray(array)) for name, array in feeds.items()}
             return functools.partial(self.session.run_with_ort_values, None, values)
         return functools.partial(self.session.run, None, dict(feeds))
+
+    def _check(self, feeds: Mapping[str, NDArray[Any]]) -> None:
+        check_inputs(self.inputs, feeds, self.limits)
+        empty = next((name for name, array in feeds.items() if array.size == 0), None)
+        if self._needs_rows and empty is not None:
+            raise InputError(
+                f"expected at least one row of {empty}, found shape {list(feeds[empty].shape)}: ONNX Runtime "
+                "before 1.25 ends the process at an Einsum of an empty batch; install a later release"
+            )
 
     def _run_ort_values(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
         """Through OrtValue, because NumPy alone has no bfloat16."""
