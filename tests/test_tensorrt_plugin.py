@@ -52,7 +52,7 @@ ALL_TYPES = [int(kind) for kind in trt.DataType.__members__.values()]
 FLOATS = (FLOAT, HALF, BF16)
 NUMPY = {FLOAT: np.float32, HALF: np.float16, BF16: ml_dtypes.bfloat16, INT8: np.int8}
 RTOL = {FLOAT: 1e-5, HALF: 2e-3, BF16: 2e-2}  # of the largest output, by x's type
-AUTO, GATHER, SHARED, NARROW = 0, 1, 2, 3
+AUTO, GATHER, SHARED, NARROW, SPLIT = 0, 1, 2, 3, 4
 CHAR = int(trt.PluginFieldType.CHAR)
 INT32 = int(trt.PluginFieldType.INT32)
 
@@ -390,7 +390,7 @@ def test_clones_outlive_their_original_and_share_nothing_with_it(host: Library) 
     original = create(host)
     tensors = profile([-1, 6], [3, 5, 5, 7])
     assert original.configure(tensors) == 0
-    original.set_tactic(SHARED)
+    original.set_tactic(SPLIT)
     clones = [original.clone(), original.attach()]
     original.set_tactic(GATHER)
     addresses = {field.data for each in (original, *clones) for field in each.fields()}
@@ -398,10 +398,10 @@ def test_clones_outlive_their_original_and_share_nothing_with_it(host: Library) 
     assert original.configure(profile([-1, 6], [3, 5, 5, 7], x_type=HALF)) == 0
     del original
     for clone in clones:
-        assert clone.tactics() == [NARROW, SHARED, GATHER]
+        assert clone.tactics() == [NARROW, SHARED, SPLIT, GATHER]
         inputs = arrays(FLOAT, FLOAT, (4, 6), (3, 5, 5, 7))
         assert evaluate(clone, *inputs, workspace=0) is None
-        assert "expected a workspace" in host.only_line()  # SHARED
+        assert "expected a workspace" in host.only_line()  # SPLIT
         assert evaluate(clone, *inputs, workspace=4 * 7 * 4) is not None
 
 
@@ -624,7 +624,7 @@ def test_tactics_are_the_kernels(host: Library) -> None:
     plugin = create(host)
     assert plugin.tactics() == []
     assert plugin.configure(profile(X, TABLE)) == 0
-    assert plugin.tactics() == [NARROW, SHARED, GATHER]
+    assert plugin.tactics() == [NARROW, SHARED, SPLIT, GATHER]
 
 
 def test_tactics_without_a_device(cuda: Library) -> None:
@@ -632,7 +632,7 @@ def test_tactics_without_a_device(cuda: Library) -> None:
     plugin = create(cuda)
     assert plugin.configure(profile(X, TABLE)) == 0
     if torch.cuda.is_available():
-        assert set(plugin.tactics()) <= {GATHER, SHARED, NARROW}
+        assert set(plugin.tactics()) <= {GATHER, SHARED, NARROW, SPLIT}
     else:
         assert plugin.tactics() == []
 
@@ -642,7 +642,7 @@ def test_the_workspace_is_what_the_largest_batch_needs(host: Library) -> None:
     for most in (1, 64, 10**6):
         tensors = profile((-1, 5, 6), TABLE, most=most)
         assert plugin.configure(tensors) == 0
-        assert plugin.workspace_size(tensors) == 4 * 7 * 5 * most  # SHARED's, in host_kernels.cc
+        assert plugin.workspace_size(tensors) == 4 * 7 * 5 * most  # SPLIT's, in host_kernels.cc
     tensors[1] = dynamic_tensor((3, 5, 5, -1), FLOAT, low=(3, 5, 5, 1), high=(3, 5, 5, 90))
     assert plugin.workspace_size(tensors) == 4 * 90 * 5 * most
 
@@ -693,7 +693,7 @@ def test_values(host: Library, x_type: int, table_type: int) -> None:
     for shape in ((6,), (19, 6), (2, 3, 1, 6)):
         inputs = arrays(x_type, table_type, shape, TABLE)
         expected = expected_y(*inputs)
-        for tactic in (AUTO, GATHER, SHARED, NARROW):
+        for tactic in (AUTO, GATHER, SHARED, NARROW, SPLIT):
             assert plugin.set_tactic(tactic) == 0
             y = evaluate(plugin, *inputs, workspace=4 * 7 * 19)
             assert y is not None, host.lines
@@ -710,7 +710,7 @@ def test_no_rows(library: Library) -> None:
 def test_failures_of_the_kernels_are_reported(host: Library) -> None:
     plugin = create(host)
     inputs = arrays(FLOAT, FLOAT, (4, 6), TABLE)
-    assert plugin.set_tactic(SHARED) == 0
+    assert plugin.set_tactic(SPLIT) == 0
     assert evaluate(plugin, *inputs, workspace=0) is None
     assert host.only_line() == 'LMKAN2D layer "layer 1": expected a workspace of 112 bytes, found 0'
     assert plugin.set_tactic(GATHER) == 0
@@ -718,7 +718,7 @@ def test_failures_of_the_kernels_are_reported(host: Library) -> None:
     assert host.only_line().endswith("expected the stream that TensorRT gave, found none")
     assert plugin.set_tactic(9) == 0
     assert evaluate(plugin, *inputs, workspace=0) is None
-    assert host.only_line().endswith("expected tactic 0, 1, 2 or 3, found 9")
+    assert host.only_line().endswith("expected tactic 0 to 4, found 9")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so that CUDA does not refuse")

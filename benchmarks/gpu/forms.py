@@ -11,7 +11,7 @@ import torch
 from cases import UPSTREAM_LEAST_TILE, Case
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
-TACTICS = {"auto": 0, "gather": 1, "shared": 2, "narrow": 3}
+TACTICS = {"auto": 0, "gather": 1, "shared": 2, "narrow": 3, "split": 4}
 
 QuantizedTable = tuple[torch.Tensor, torch.Tensor | None]
 """Entries [P, G + 1, G + 1, N_out], and scales [P, N_out] where they are integers."""

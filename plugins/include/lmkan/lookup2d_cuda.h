@@ -26,7 +26,8 @@ enum {
   LMKAN_CUDA_AUTO = 0,   /* GATHER or SHARED, which should be faster for the number of rows */
   LMKAN_CUDA_GATHER = 1, /* reads the corners that rows need, from L2: small batches, any size */
   LMKAN_CUDA_SHARED = 2, /* keeps slices of the table in shared memory: large batches */
-  LMKAN_CUDA_NARROW = 3  /* the same for all outputs of many pairs: large batches, few outputs */
+  LMKAN_CUDA_NARROW = 3, /* the same for all outputs of many pairs: large batches, few outputs */
+  LMKAN_CUDA_SPLIT = 4   /* SHARED with the pairs split among blocks: middle batches */
 };
 
 /* Writes the tactics that can run such a table on the current device, best first for large batches,
@@ -45,7 +46,7 @@ LMKAN_API lmkan_status lmkan_cuda_workspace_size(const lmkan_table_desc* desc, l
 
 /* Launches y = lookup(x): x is [rows][2 * num_pairs], y [rows][num_outputs], both contiguous, of
  * type `dtype` and aligned to 16 bytes, as are the table and its scales. `stream` is a
- * cudaStream_t. SHARED and NARROW are LMKAN_UNSUPPORTED where lmkan_cuda_tactics does not offer it. With an
+ * cudaStream_t. A tactic is LMKAN_UNSUPPORTED where lmkan_cuda_tactics does not offer it. With an
  * INT8 table |y| must stay below 2^114. */
 LMKAN_API lmkan_status lmkan_cuda_lookup2d(const lmkan_table_desc* desc, lmkan_dtype dtype,
                                            const void* x, void* y, int64_t rows,

@@ -114,10 +114,11 @@ lmkan_status CheckRows(const lmkan_table_desc& desc, int64_t rows, const Message
 }
 
 lmkan_status CheckTactic(lmkan_cuda_tactic tactic, const Message& message) {
-  if (tactic >= LMKAN_CUDA_AUTO && tactic <= LMKAN_CUDA_NARROW) return LMKAN_OK;
-  return Fail(LMKAN_INVALID_ARGUMENT, message,
-              "expected a tactic of AUTO (0), GATHER (1), SHARED (2) or NARROW (3), found %d",
-              tactic);
+  if (tactic >= LMKAN_CUDA_AUTO && tactic <= LMKAN_CUDA_SPLIT) return LMKAN_OK;
+  return Fail(
+      LMKAN_INVALID_ARGUMENT, message,
+      "expected a tactic of AUTO (0), GATHER (1), SHARED (2), NARROW (3) or SPLIT (4), found %d",
+      tactic);
 }
 
 lmkan_status CheckTable(const lmkan_table_desc& desc, const Message& message) {
@@ -186,44 +187,86 @@ Lookup MakeLookup(const lmkan_table_desc& desc, lmkan_dtype dtype, const void* x
   return lookup;
 }
 
-lmkan_status Run(const lmkan_table_desc& desc, lmkan_dtype dtype, const void* x, void* y,
-                 int64_t rows, lmkan_cuda_tactic tactic, cudaStream_t stream,
-                 const Message& message) {
+// --- Tactics
+// ---------------------------------------------------------------------------------------
+
+// By number.
+constexpr const char* kTacticNames[] = {"AUTO", "GATHER", "SHARED", "NARROW", "SPLIT"};
+
+bool Fits(const Problem& problem, const Device& device, lmkan_cuda_tactic tactic) {
+  switch (tactic) {
+    case LMKAN_CUDA_SHARED:
+      return PlanShared(problem, device).threads != 0;
+    case LMKAN_CUDA_NARROW:
+      return PlanNarrow(problem, device).warp_rows != 0;
+    case LMKAN_CUDA_SPLIT:
+      return PlanSplit(problem, device).shared.threads != 0;
+    default:
+      return true;
+  }
+}
+
+cudaError_t Load(const Problem& problem, const Device& device, lmkan_cuda_tactic tactic) {
+  switch (tactic) {
+    case LMKAN_CUDA_SHARED: {
+      const cudaError_t error = LoadShared(problem.table_dtype);
+      if (error != cudaSuccess || !device.copies_in_bulk) return error;
+      return LoadBulk(problem.table_dtype);
+    }
+    case LMKAN_CUDA_NARROW:
+      return LoadNarrow(problem.table_dtype, problem.num_outputs);
+    case LMKAN_CUDA_SPLIT:
+      return LoadSplit(problem.table_dtype);
+    default:
+      return LoadGather(problem.table_dtype);
+  }
+}
+
+size_t WorkspaceBytes(const lmkan_table_desc& desc, int64_t rows, lmkan_cuda_tactic tactic) {
+  // Elsewhere sums stay in registers and shared memory.
+  if (tactic != LMKAN_CUDA_SPLIT || rows == 0) return 0;
+  return static_cast<size_t>(SplitWorkspaceBytes(DescribeProblem(desc, rows)));
+}
+
+cudaError_t LaunchTactic(const Lookup& lookup, const Problem& problem, const Device& device,
+                         lmkan_cuda_tactic tactic, void* workspace, cudaStream_t stream) {
+  const int32_t shared_per_block = device.shared_per_block;
+  switch (tactic) {
+    case LMKAN_CUDA_SHARED: {
+      const SharedPlan plan = PlanShared(problem, device);
+      cudaError_t error = cudaSuccess;
+      if (PrefersBulk(problem, device) &&
+          LaunchBulk(lookup, plan, shared_per_block, stream, &error)) {
+        return error;
+      }
+      return LaunchShared(lookup, plan, shared_per_block, stream);
+    }
+    case LMKAN_CUDA_NARROW:
+      return LaunchNarrow(lookup, PlanNarrow(problem, device), shared_per_block, stream);
+    case LMKAN_CUDA_SPLIT:
+      return LaunchSplit(lookup, PlanSplit(problem, device), workspace, shared_per_block, stream);
+    default:
+      return LaunchGather(lookup, PlanGather(problem, device), stream);
+  }
+}
+
+lmkan_status Run(const Lookup& lookup, const Problem& problem, lmkan_cuda_tactic tactic,
+                 void* workspace, cudaStream_t stream, const Message& message) {
   Device device;
   cudaError_t error = GetDevice(&device);
   if (error != cudaSuccess) return FailCall(error, message, "finding the CUDA device");
-  const Problem problem = DescribeProblem(desc, rows);
-  const Lookup lookup = MakeLookup(desc, dtype, x, y, rows);
-  const bool is_shared =
-      tactic == LMKAN_CUDA_SHARED || (tactic == LMKAN_CUDA_AUTO && PrefersShared(problem, device));
-  if (tactic == LMKAN_CUDA_NARROW) {
-    const NarrowPlan plan = PlanNarrow(problem, device);
-    if (plan.warp_rows == 0) {
-      return Fail(
-          LMKAN_UNSUPPORTED, message,
-          "expected at most %d outputs for tactic NARROW (3), and %d pairs' slices within the "
-          "%d bytes of shared memory of this device, found %lld outputs and %lld grid cells "
-          "an axis: use tactic GATHER (1) or AUTO (0)",
-          kNarrowMostOutputs, 32, device.shared_per_block, static_cast<long long>(desc.num_outputs),
-          static_cast<long long>(desc.num_grids));
-    }
-    error = LaunchNarrow(lookup, plan, device.shared_per_block, stream);
-  } else if (is_shared) {
-    const SharedPlan plan = PlanShared(problem, device);
-    if (plan.threads == 0) {
-      return Fail(
-          LMKAN_UNSUPPORTED, message,
-          "%lld grid cells an axis do not fit the %d bytes of shared memory of this device: "
-          "use tactic GATHER (1) or AUTO (0)",
-          static_cast<long long>(desc.num_grids), device.shared_per_block);
-    }
-    if (!PrefersBulk(problem, device) ||
-        !LaunchBulk(lookup, plan, device.shared_per_block, stream, &error)) {
-      error = LaunchShared(lookup, plan, device.shared_per_block, stream);
-    }
-  } else {
-    error = LaunchGather(lookup, PlanGather(problem, device), stream);
+  if (tactic == LMKAN_CUDA_AUTO) {
+    tactic = PrefersShared(problem, device) ? LMKAN_CUDA_SHARED : LMKAN_CUDA_GATHER;
   }
+  if (!Fits(problem, device, tactic)) {
+    return Fail(
+        LMKAN_UNSUPPORTED, message,
+        "expected a tactic that this device can run for %lld pairs, %lld grid cells an axis and "
+        "%lld outputs, found %s (%d): use GATHER (1) or AUTO (0)",
+        static_cast<long long>(problem.num_pairs), static_cast<long long>(problem.num_grids),
+        static_cast<long long>(problem.num_outputs), kTacticNames[tactic], tactic);
+  }
+  error = LaunchTactic(lookup, problem, device, tactic, workspace, stream);
   if (error != cudaSuccess) return FailCall(error, message, "launching the lookup");
   return LMKAN_OK;
 }
@@ -236,22 +279,17 @@ int32_t lmkan_cuda_tactics(const lmkan_table_desc* desc, lmkan_dtype dtype,
   using namespace lmkan::cuda;
   const Message none{nullptr, 0};
   if (CheckDesc(desc, none) != LMKAN_OK || CheckDtype(dtype, none) != LMKAN_OK) return 0;
-  lmkan_cuda_tactic found[3];
+  constexpr lmkan_cuda_tactic kBestFirst[] = {LMKAN_CUDA_NARROW, LMKAN_CUDA_SHARED,
+                                              LMKAN_CUDA_SPLIT, LMKAN_CUDA_GATHER};
+  lmkan_cuda_tactic found[4];
   int32_t count = 0;
   Device device;
   cudaError_t error = GetDevice(&device);
-  if (error == cudaSuccess && PlanNarrow(DescribeProblem(*desc, 1), device).warp_rows != 0) {
-    error = LoadNarrow(desc->dtype, desc->num_outputs);
-    found[count++] = LMKAN_CUDA_NARROW;
-  }
-  if (error == cudaSuccess && PlanShared(DescribeProblem(*desc, 1), device).threads != 0) {
-    error = LoadShared(desc->dtype);
-    if (error == cudaSuccess && device.copies_in_bulk) error = LoadBulk(desc->dtype);
-    found[count++] = LMKAN_CUDA_SHARED;
-  }
-  if (error == cudaSuccess) {
-    error = LoadGather(desc->dtype);
-    found[count++] = LMKAN_CUDA_GATHER;
+  const Problem problem = DescribeProblem(*desc, 1);
+  for (const lmkan_cuda_tactic tactic : kBestFirst) {
+    if (error != cudaSuccess || !Fits(problem, device, tactic)) continue;
+    error = Load(problem, device, tactic);
+    found[count++] = tactic;
   }
   if (error != cudaSuccess) {
     FailCall(error, none, "");
@@ -274,13 +312,14 @@ lmkan_status lmkan_cuda_workspace_size(const lmkan_table_desc* desc, lmkan_dtype
   if (bytes == nullptr) {
     return Fail(LMKAN_INVALID_ARGUMENT, out, "expected a place for the size, found a null pointer");
   }
-  *bytes = 0;  // sums stay in registers and shared memory
+  *bytes = WorkspaceBytes(*desc, rows, tactic);
   return LMKAN_OK;
 }
 
 lmkan_status lmkan_cuda_lookup2d(const lmkan_table_desc* desc, lmkan_dtype dtype, const void* x,
-                                 void* y, int64_t rows, lmkan_cuda_tactic tactic, void*, size_t,
-                                 void* stream, char* message, size_t message_size) {
+                                 void* y, int64_t rows, lmkan_cuda_tactic tactic, void* workspace,
+                                 size_t workspace_size, void* stream, char* message,
+                                 size_t message_size) {
   using namespace lmkan::cuda;
   const Message out{message, message_size};
   lmkan_status status = CheckDesc(desc, out);
@@ -296,6 +335,16 @@ lmkan_status lmkan_cuda_lookup2d(const lmkan_table_desc* desc, lmkan_dtype dtype
   if (status == LMKAN_OK) status = CheckAlignment(desc->scales, "the scales", out);
   if (status == LMKAN_OK) status = CheckAlignment(x, "x", out);
   if (status == LMKAN_OK) status = CheckAlignment(y, "y", out);
+  if (status == LMKAN_OK) status = CheckAlignment(workspace, "the workspace", out);
   if (status != LMKAN_OK) return status;
-  return Run(*desc, dtype, x, y, rows, tactic, static_cast<cudaStream_t>(stream), out);
+  const size_t needed = WorkspaceBytes(*desc, rows, tactic);
+  const size_t found = workspace == nullptr ? 0 : workspace_size;
+  if (found < needed) {
+    return Fail(LMKAN_INVALID_ARGUMENT, out,
+                "expected a workspace of %zu bytes for tactic %s (%d), found %zu: ask "
+                "lmkan_cuda_workspace_size",
+                needed, kTacticNames[tactic], tactic, found);
+  }
+  return Run(MakeLookup(*desc, dtype, x, y, rows), DescribeProblem(*desc, rows), tactic, workspace,
+             static_cast<cudaStream_t>(stream), out);
 }

@@ -14,6 +14,32 @@ constexpr double kSharedBytes = 128;
 // Bytes in which L2 is read.
 constexpr int32_t kSectorBytes = 32;
 
+// Pairs of a part, and parts: fewer pairs let more multiprocessors take part, fewer parts have
+// fewer sums to be added up. Of the pairs alone: the order of a row's sum must not depend on its
+// batch.
+constexpr int64_t kLeastPartPairs = 4;
+constexpr int64_t kMostParts = 32;
+
+int64_t PartPairs(const Problem& problem) {
+  const int64_t least = Ceil(problem.num_pairs, kMostParts);
+  return Ceil(std::max(least, kLeastPartPairs), 4) * 4;
+}
+
+int64_t NumParts(const Problem& problem) { return Ceil(problem.num_pairs, PartPairs(problem)); }
+
+// What SPLIT's workspace may have, unless a single row needs more: so much stays in the L2 of large
+// devices.
+constexpr int64_t kMostWorkspaceBytes = 32 << 20;
+
+// Bytes that the sums of a row take there.
+int64_t RowPartsBytes(const Problem& problem) {
+  return NumParts(problem) * problem.num_outputs * int64_t{sizeof(float)};
+}
+
+int64_t TurnRows(const Problem& problem) {
+  return std::clamp<int64_t>(kMostWorkspaceBytes / RowPartsBytes(problem), 1, problem.rows);
+}
+
 // Shared memory that the system takes of each block that runs.
 constexpr int32_t kBlockReserve = 1 << 10;
 
@@ -37,9 +63,11 @@ ThreadShare ShareOf(lmkan_dtype dtype) {
   return dtype == LMKAN_FLOAT32 ? kShare<4> : dtype == LMKAN_INT8 ? kShare<1> : kShare<2>;
 }
 
-// Clocks in which the device computes one pair of all rows, if nothing but bandwidth counts.
-double SharedClocks(const Problem& problem, const Device& device, const SharedPlan& plan) {
-  const auto rounds = static_cast<double>(Ceil(plan.num_items, device.num_processors));
+// Clocks in which the device computes one pair of all rows, or of each part, if nothing but
+// bandwidth counts.
+double SharedClocks(const Problem& problem, const Device& device, const SharedPlan& plan,
+                    int64_t parts = 1) {
+  const auto rounds = static_cast<double>(Ceil(parts * plan.num_items, device.num_processors));
   const auto rows = static_cast<double>(std::min<int64_t>(problem.rows, plan.rows));
   const double compute = rows * 4 * kTileBytes / kSharedBytes;
   const double copy = plan.stage_bytes / kL2Bytes;
@@ -97,7 +125,9 @@ GatherPlan PlanGather(const Problem& problem, const Device& device) {
   return plan;
 }
 
-SharedPlan PlanShared(const Problem& problem, const Device& device) {
+namespace {
+
+SharedPlan PlanParts(const Problem& problem, const Device& device, int64_t parts) {
   SharedPlan plan = {};
   if (problem.num_grids > kMostSharedGrids || problem.num_pairs > INT32_MAX) return plan;
   const int32_t points = problem.num_grids + 1;
@@ -121,12 +151,31 @@ SharedPlan PlanShared(const Problem& problem, const Device& device) {
     plan.rows = threads * share.chunks / (kTileBytes / kChunkBytes) * share.rows;
     plan.num_items =
         Ceil(problem.num_outputs, TileOutputs(problem)) * Ceil(problem.rows, plan.rows);
-    const double clocks = SharedClocks(problem, device, plan);
+    const double clocks = SharedClocks(problem, device, plan, parts);
     if (best.threads != 0 && clocks >= least_clocks) continue;
     best = plan;
     least_clocks = clocks;
   }
   return best;
+}
+
+}  // namespace
+
+SharedPlan PlanShared(const Problem& problem, const Device& device) {
+  return PlanParts(problem, device, 1);
+}
+
+SplitPlan PlanSplit(const Problem& problem, const Device& device) {
+  if (NumParts(problem) == 1) return {};
+  Problem turn = problem;
+  turn.rows = TurnRows(problem);
+  const SharedPlan shared = PlanParts(turn, device, NumParts(problem));
+  return {shared, static_cast<int32_t>(NumParts(problem)), static_cast<int32_t>(PartPairs(problem)),
+          turn.rows};
+}
+
+int64_t SplitWorkspaceBytes(const Problem& problem) {
+  return TurnRows(problem) * RowPartsBytes(problem);
 }
 
 NarrowPlan PlanNarrow(const Problem& problem, const Device& device) {

@@ -116,6 +116,21 @@ struct NarrowPlan {
 
 NarrowPlan PlanNarrow(const Problem& problem, const Device& device);
 
+// SPLIT: the same with the pairs in parts, each for other blocks, whose sums have a workspace,
+// [num_parts][turn_rows][num_outputs] of float32.
+struct SplitPlan {
+  SharedPlan
+      shared;  // of all parts of a turn; 0 threads: the slices don't fit, or there is one part
+  int32_t num_parts;
+  int32_t part_pairs;  // a multiple of 4; the last part may have fewer
+  int64_t turn_rows;   // that are computed at a time, so that the workspace has a limit
+};
+
+SplitPlan PlanSplit(const Problem& problem, const Device& device);
+
+// Of a problem of any device.
+int64_t SplitWorkspaceBytes(const Problem& problem);
+
 // Whether slices should be copied by hardware.
 bool PrefersBulk(const Problem& problem, const Device& device);
 

@@ -35,21 +35,21 @@ struct StageScales {
   __device__ float4 operator()(int word) const { return scales[ScaleIndex(chunk, word)]; }
 };
 
+// y is [rows][num_outputs].
 template <int kOutputs>
-__device__ inline void StoreChunk(const Lookup& lookup, int64_t row, int64_t output,
-                                  const float (&sums)[kOutputs]) {
-  const int64_t index = row * lookup.num_outputs + output;
-  if (lookup.num_outputs % 4 == 0) {
+__device__ inline void StoreChunk(void* y, lmkan_dtype dtype, int64_t num_outputs, int64_t row,
+                                  int64_t output, const float (&sums)[kOutputs]) {
+  const int64_t index = row * num_outputs + output;
+  if (num_outputs % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < kOutputs; i += 4) {
-      if (output + i >= lookup.num_outputs) return;
-      StoreFourOutputs(lookup.y, lookup.x_dtype, index + i, sums + i);
+      if (output + i >= num_outputs) return;
+      StoreFourOutputs(y, dtype, index + i, sums + i);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) {
-      if (output + i < lookup.num_outputs)
-        StoreOutput(lookup.y, lookup.x_dtype, index + i, sums[i]);
+      if (output + i < num_outputs) StoreOutput(y, dtype, index + i, sums[i]);
     }
   }
 }

@@ -1,5 +1,6 @@
 // The C interface of the CUDA kernels on host memory, by the CPU's kernels: the adapter around it
 // can then be tested to the last value on machines without a GPU.
+#include <algorithm>
 #include <cstdio>
 
 #include "lmkan/lookup2d_cuda.h"
@@ -7,7 +8,7 @@
 namespace {
 
 bool IsTactic(lmkan_cuda_tactic tactic) {
-  return tactic >= LMKAN_CUDA_AUTO && tactic <= LMKAN_CUDA_NARROW;
+  return tactic >= LMKAN_CUDA_AUTO && tactic <= LMKAN_CUDA_SPLIT;
 }
 
 }  // namespace
@@ -16,22 +17,22 @@ extern "C" {
 
 int32_t lmkan_cuda_tactics(const lmkan_table_desc*, lmkan_dtype, lmkan_cuda_tactic* tactics,
                            int32_t capacity) {
-  constexpr lmkan_cuda_tactic kTactics[] = {LMKAN_CUDA_NARROW, LMKAN_CUDA_SHARED,
+  constexpr lmkan_cuda_tactic kTactics[] = {LMKAN_CUDA_NARROW, LMKAN_CUDA_SHARED, LMKAN_CUDA_SPLIT,
                                             LMKAN_CUDA_GATHER};
-  for (int32_t i = 0; i < 3 && i < capacity; ++i) tactics[i] = kTactics[i];
-  return 3;
+  std::copy_n(kTactics, std::min(capacity, 4), tactics);
+  return 4;
 }
 
-// SHARED pretends to need room for y in float32.
+// SPLIT has another need than that of the CUDA kernels: room for y in float32.
 lmkan_status lmkan_cuda_workspace_size(const lmkan_table_desc* desc, lmkan_dtype, int64_t rows,
                                        lmkan_cuda_tactic tactic, size_t* bytes, char* message,
                                        size_t message_size) {
   if (!IsTactic(tactic)) {
-    std::snprintf(message, message_size, "expected tactic 0, 1, 2 or 3, found %d", tactic);
+    std::snprintf(message, message_size, "expected tactic 0 to 4, found %d", tactic);
     return LMKAN_INVALID_ARGUMENT;
   }
   const auto outputs = static_cast<size_t>(rows * desc->num_outputs);
-  *bytes = tactic == LMKAN_CUDA_SHARED ? sizeof(float) * outputs : 0;
+  *bytes = tactic == LMKAN_CUDA_SPLIT ? sizeof(float) * outputs : 0;
   return LMKAN_OK;
 }
 

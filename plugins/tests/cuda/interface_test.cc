@@ -2,17 +2,21 @@
 // that need 64 bits. On an emulated device, which can be given any size and any failure.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "array.h"
 #include "check.h"
 #include "device.h"
 #include "emulation/cuda_runtime.h"
 #include "inputs.h"
+#include "launch.h"
 #include "lmkan/lookup2d_cuda.h"
 #include "lookup.h"
 #include "oracle.h"
@@ -35,10 +39,12 @@ struct Call {
   void* y = values + 512;
   int64_t rows = 2;
   lmkan_cuda_tactic tactic = LMKAN_CUDA_AUTO;
+  void* workspace = values + 768;
+  size_t workspace_size = 512;
 
   lmkan_status Run(char* message, size_t size) const {
-    return lmkan_cuda_lookup2d(table, dtype, x, y, rows, tactic, nullptr, 0, nullptr, message,
-                               size);
+    return lmkan_cuda_lookup2d(table, dtype, x, y, rows, tactic, workspace, workspace_size, nullptr,
+                               message, size);
   }
 };
 
@@ -92,7 +98,7 @@ void TestArguments() {
   for (const int64_t bad : {int64_t{-1}, kLeast, kMost, kMost / 4}) {
     ExpectInvalid(std::to_string(bad), [&](Call& call) { call.rows = bad; });
   }
-  for (const lmkan_cuda_tactic tactic : {-1, 4}) {
+  for (const lmkan_cuda_tactic tactic : {-1, 5}) {
     ExpectInvalid(std::to_string(tactic), [&](Call& call) { call.tactic = tactic; });
   }
   ExpectInvalid("the table aligned", [](Call& call) { call.desc.data = values + 1; });
@@ -101,6 +107,19 @@ void TestArguments() {
   ExpectInvalid("the scales aligned", [](Call& call) {
     call.desc.dtype = LMKAN_INT8;
     call.desc.scales = values + 1;
+  });
+  ExpectInvalid("the workspace aligned", [](Call& call) { call.workspace = values + 1; });
+  const auto split = [](Call& call) {  // two parts of two rows of three outputs
+    call.tactic = LMKAN_CUDA_SPLIT;
+    call.desc.num_pairs = 5;
+  };
+  ExpectInvalid("48 bytes for tactic SPLIT (4), found 47", [&](Call& call) {
+    split(call);
+    call.workspace_size = 47;
+  });
+  ExpectInvalid("48 bytes for tactic SPLIT (4), found 0", [&](Call& call) {
+    split(call);
+    call.workspace = nullptr;
   });
 }
 
@@ -123,31 +142,38 @@ void TestFailures() {
   ExpectFailure({}, LMKAN_CUDA_ERROR, "CUDA driver version is insufficient");
   emulation::device = {};
   emulation::device.launch_error = cudaErrorNoKernelImageForDevice;
-  for (const lmkan_cuda_tactic tactic : {LMKAN_CUDA_GATHER, LMKAN_CUDA_SHARED, LMKAN_CUDA_NARROW}) {
+  for (const lmkan_cuda_tactic tactic :
+       {LMKAN_CUDA_GATHER, LMKAN_CUDA_SHARED, LMKAN_CUDA_NARROW, LMKAN_CUDA_SPLIT}) {
     Call call;
     call.tactic = tactic;
+    call.desc.num_pairs = 5;
     ExpectFailure(call, LMKAN_CUDA_ERROR, "no kernel image");
   }
   emulation::device = {};
   Call call;
   call.tactic = LMKAN_CUDA_SHARED;
   call.desc.num_grids = 42;
-  ExpectFailure(call, LMKAN_UNSUPPORTED, "42 grid cells");
+  ExpectFailure(call, LMKAN_UNSUPPORTED,
+                "2 pairs, 42 grid cells an axis and 3 outputs, found SHARED (2)");
   call.tactic = LMKAN_CUDA_NARROW;
-  ExpectFailure(call, LMKAN_UNSUPPORTED, "42 grid cells");
+  ExpectFailure(call, LMKAN_UNSUPPORTED, "found NARROW (3)");
   call.desc.num_grids = 4;
   call.desc.num_outputs = 9;
-  ExpectFailure(call, LMKAN_UNSUPPORTED, "9 outputs");
+  ExpectFailure(call, LMKAN_UNSUPPORTED, "9 outputs, found NARROW (3)");
+  call.tactic = LMKAN_CUDA_SPLIT;
+  call.desc.num_pairs = 4;
+  ExpectFailure(call, LMKAN_UNSUPPORTED,
+                "4 pairs, 4 grid cells an axis and 9 outputs, found SPLIT (4)");
 }
 
 void TestTactics() {
   const auto tactics = [](int64_t num_grids, lmkan_dtype dtype = LMKAN_FLOAT32,
-                          int64_t num_outputs = 9) {
-    lmkan_table_desc desc = {nullptr, LMKAN_FLOAT32, 2, num_grids, num_outputs, nullptr};
-    lmkan_cuda_tactic found[4] = {-1, -1, -1, -1};
-    const int32_t count = lmkan_cuda_tactics(&desc, dtype, found, 4);
+                          int64_t num_outputs = 9, int64_t num_pairs = 2) {
+    lmkan_table_desc desc = {nullptr, LMKAN_FLOAT32, num_pairs, num_grids, num_outputs, nullptr};
+    lmkan_cuda_tactic found[5] = {-1, -1, -1, -1, -1};
+    const int32_t count = lmkan_cuda_tactics(&desc, dtype, found, 5);
     std::string text = std::to_string(count);
-    for (int32_t i = 0; i < 3; ++i) text += " " + std::to_string(found[i]);
+    for (int32_t i = 0; i < std::max(count, 3); ++i) text += " " + std::to_string(found[i]);
     LMKAN_EXPECT(lmkan_cuda_tactics(&desc, dtype, nullptr, 0) == count, "without a place");
     lmkan_cuda_tactic one[2] = {-1, -1};
     LMKAN_EXPECT(lmkan_cuda_tactics(&desc, dtype, one, 1) == count && one[1] == -1, "one place");
@@ -163,6 +189,8 @@ void TestTactics() {
     LMKAN_EXPECT(within == "3 3 2 1", "G %d: %s", most_grids, within.c_str());
     LMKAN_EXPECT(beyond[0] < '3', "G %d: %s", most_grids + 1, beyond.c_str());
   }
+  const std::string all = tactics(5, LMKAN_FLOAT32, 8, 5);
+  LMKAN_EXPECT(all == "4 3 2 4 1", "%s", all.c_str());
   LMKAN_EXPECT(tactics(2)[0] == '0' && tactics(26, LMKAN_INT8)[0] == '0', "an invalid table");
   LMKAN_EXPECT(lmkan_cuda_tactics(nullptr, LMKAN_FLOAT32, nullptr, 0) == 0, "no table");
   emulation::device.error = cudaErrorInsufficientDriver;
@@ -185,7 +213,27 @@ void TestWorkspace() {
                      bytes == 0,
                  "%zu bytes, %s", bytes, message);
   }
+  // SPLIT: of 129 pairs 17 parts of 8, up to a limit.
+  const lmkan_table_desc many = {nullptr, LMKAN_INT8, 129, 4, 100, nullptr};
+  const size_t row_bytes = 17 * 100 * sizeof(float);
+  const std::pair<int64_t, size_t> sizes[] = {{0, 0},
+                                              {1, row_bytes},
+                                              {7, 7 * row_bytes},
+                                              {kMost >> 20, (32 << 20) / row_bytes * row_bytes}};
+  for (const auto& [rows, expected] : sizes) {
+    size_t bytes = 1;
+    LMKAN_EXPECT(lmkan_cuda_workspace_size(&many, LMKAN_FLOAT16, rows, LMKAN_CUDA_SPLIT, &bytes,
+                                           message, sizeof message) == LMKAN_OK &&
+                     bytes == expected,
+                 "%lld rows: %zu bytes, not %zu", static_cast<long long>(rows), bytes, expected);
+  }
+  const lmkan_table_desc wide = {nullptr, LMKAN_INT8, 129, 4, int64_t{1} << 30, nullptr};
   size_t bytes = 1;
+  LMKAN_EXPECT(lmkan_cuda_workspace_size(&wide, LMKAN_FLOAT16, 9, LMKAN_CUDA_SPLIT, &bytes, message,
+                                         sizeof message) == LMKAN_OK &&
+                   bytes == size_t{17} << 32,
+               "a row that is larger than the limit: %zu bytes", bytes);
+  bytes = 1;
   LMKAN_EXPECT(lmkan_cuda_workspace_size(&desc, LMKAN_FLOAT16, -1, 0, &bytes, message,
                                          sizeof message) == LMKAN_INVALID_ARGUMENT &&
                    bytes == 1,
@@ -220,14 +268,27 @@ void TestPlans() {
                     narrow.blocks <= narrow.num_items,
                 "%d rows, %d pairs, %d bytes", narrow.warp_rows, narrow.pairs, narrow.shared_bytes);
             const cuda::SharedPlan shared = cuda::PlanShared(problem, device);
+            const cuda::SplitPlan split = cuda::PlanSplit(problem, device);
             if (pairs > INT32_MAX) {
-              LMKAN_EXPECT(shared.threads == 0, "more pairs than the kernel counts");
+              LMKAN_EXPECT(shared.threads == 0 && split.shared.threads == 0,
+                           "more pairs than the kernels count");
               continue;
             }
             LMKAN_EXPECT(shared.threads >= 128 && shared.threads <= cuda::kSharedMostThreads &&
                              shared.stages == 2 && shared.shared_bytes <= device.shared_per_block,
                          "%d threads, %d stages, %d bytes", shared.threads, shared.stages,
                          shared.shared_bytes);
+            if (pairs == 1) {
+              LMKAN_EXPECT(split.shared.threads == 0, "one pair in parts");
+              continue;
+            }
+            LMKAN_EXPECT(split.num_parts >= 2 && split.num_parts <= 32 &&
+                             split.part_pairs % 4 == 0 &&
+                             (split.num_parts - 1) * split.part_pairs < pairs &&
+                             split.num_parts * split.part_pairs >= pairs && split.turn_rows >= 1 &&
+                             split.turn_rows <= rows,
+                         "%d parts of %d pairs, %d rows", split.num_parts, split.part_pairs,
+                         static_cast<int>(split.turn_rows));
           }
         }
       }
@@ -239,6 +300,47 @@ void TestPlans() {
   LMKAN_EXPECT(!cuda::PrefersShared(one_row, h200), "one row");
   LMKAN_EXPECT(cuda::PrefersShared(many_rows, h200), "a million rows");
   LMKAN_EXPECT(cuda::PlanGather({LMKAN_FLOAT32, 1, 256, 512, 26}, h200).num_items == 64, "one row");
+}
+
+// SPLIT's rows in turns have the bits that they have at once.
+void TestTurns() {
+  for (const lmkan_dtype x_dtype : kXDtypes) {
+    const Shape shape = {12, 4, 6, 50};
+    const Table table = MakeTable(shape, LMKAN_FLOAT16, 1);
+    const Array x = MakeX(shape, x_dtype, 2);
+    cuda::Lookup lookup = {};
+    lookup.table = table.entries.data();
+    lookup.x = x.data();
+    lookup.rows = shape.rows;
+    lookup.num_pairs = shape.num_pairs;
+    lookup.num_outputs = shape.num_outputs;
+    lookup.num_grids = static_cast<int32_t>(shape.num_grids);
+    lookup.table_dtype = LMKAN_FLOAT16;
+    lookup.x_dtype = x_dtype;
+    for (int32_t i = 0; i < lookup.num_grids; ++i) {
+      lookup.cells[i] = cuda::MakeGridCell(lookup.num_grids, i);
+    }
+    const cuda::Problem problem = {LMKAN_FLOAT16, shape.rows, shape.num_pairs, shape.num_outputs,
+                                   lookup.num_grids};
+    cuda::SplitPlan plan = cuda::PlanSplit(problem, {2, 227 << 10, false});
+    LMKAN_EXPECT(plan.num_parts == 3 && plan.turn_rows == shape.rows, "%d parts", plan.num_parts);
+    std::vector<float> workspace(static_cast<size_t>(plan.num_parts * shape.y_size()));
+    Array at_once(x_dtype, shape.y_size());
+    Array in_turns(x_dtype, shape.y_size());
+    in_turns.Fill(0xff);
+    for (Array* y : {&at_once, &in_turns}) {
+      lookup.y = y->data();
+      const int64_t launches = emulation::num_launches;
+      LMKAN_EXPECT(
+          cuda::LaunchSplit(lookup, plan, workspace.data(), 227 << 10, nullptr) == cudaSuccess,
+          "not launched");
+      LMKAN_EXPECT(emulation::num_launches - launches == (y == &at_once ? 2 : 16), "launches");
+      plan.turn_rows = 7;
+    }
+    ExpectClose(shape, Evaluate(shape, x.ToDoubles(), table.ToDoubles()), at_once, "at once");
+    LMKAN_EXPECT(std::memcmp(at_once.data(), in_turns.data(), at_once.num_bytes()) == 0,
+                 "turns differ");
+  }
 }
 
 // Indices beyond 32 bits: the functions that the kernels use, and a table of 6 GB, of which only
@@ -293,6 +395,7 @@ int main() {
   TestTactics();
   TestWorkspace();
   TestPlans();
+  TestTurns();
   TestOffsets();
   return Finish();
 }

@@ -19,10 +19,11 @@
 namespace lmkan::test {
 namespace {
 
-constexpr lmkan_cuda_tactic kTactics[] = {LMKAN_CUDA_GATHER, LMKAN_CUDA_SHARED, LMKAN_CUDA_NARROW};
+constexpr lmkan_cuda_tactic kTactics[] = {LMKAN_CUDA_GATHER, LMKAN_CUDA_SHARED, LMKAN_CUDA_NARROW,
+                                          LMKAN_CUDA_SPLIT};
 
 const char* TacticName(lmkan_cuda_tactic tactic) {
-  constexpr const char* kNames[] = {"auto", "gather", "shared", "narrow"};
+  constexpr const char* kNames[] = {"auto", "gather", "shared", "narrow", "split"};
   return kNames[tactic];
 }
 
@@ -59,8 +60,8 @@ std::string Describe(const Shape& shape, lmkan_dtype table_dtype, lmkan_dtype x_
 
 bool Offers(DeviceTable& table, lmkan_cuda_tactic tactic) {
   const lmkan_table_desc desc = table.desc();
-  lmkan_cuda_tactic tactics[3];
-  const int32_t count = lmkan_cuda_tactics(&desc, LMKAN_FLOAT32, tactics, 3);
+  lmkan_cuda_tactic tactics[4];
+  const int32_t count = lmkan_cuda_tactics(&desc, LMKAN_FLOAT32, tactics, 4);
   for (int32_t i = 0; i < count; ++i) {
     if (tactics[i] == tactic) return true;
   }
@@ -77,14 +78,23 @@ Array Lookup(DeviceTable& table, const Array& x_values, lmkan_cuda_tactic tactic
   DeviceArray y(y_values, placement);
   const lmkan_table_desc desc = table.desc();
   char message[256] = "";
-  const lmkan_status status =
-      lmkan_cuda_lookup2d(&desc, x_values.dtype(), x.data(), y.data(), rows, tactic, nullptr, 0,
-                          nullptr, message, sizeof message);
+  size_t workspace_size = 0;
+  lmkan_status status = lmkan_cuda_workspace_size(&desc, x_values.dtype(), rows, tactic,
+                                                  &workspace_size, message, sizeof message);
+  Array workspace_values(LMKAN_FLOAT32, static_cast<int64_t>(workspace_size / sizeof(float)));
+  workspace_values.Fill(0xff);
+  DeviceArray workspace(workspace_values, placement);
+  if (status == LMKAN_OK) {
+    status =
+        lmkan_cuda_lookup2d(&desc, x_values.dtype(), x.data(), y.data(), rows, tactic,
+                            workspace.data(), workspace_size, nullptr, message, sizeof message);
+  }
   const std::string label = Describe(table.shape, table.dtype, x_values.dtype(), tactic);
   LMKAN_EXPECT(status == LMKAN_OK, "%s: status %d, %s", label.c_str(), status, message);
   y_values = y.Read();
   LMKAN_EXPECT(x.NeighbourhoodIsIntact() && y.NeighbourhoodIsIntact() &&
-                   table.entries.NeighbourhoodIsIntact() && table.scales.NeighbourhoodIsIntact(),
+                   workspace.NeighbourhoodIsIntact() && table.entries.NeighbourhoodIsIntact() &&
+                   table.scales.NeighbourhoodIsIntact(),
                "%s: wrote outside of y", label.c_str());
   return y_values;
 }

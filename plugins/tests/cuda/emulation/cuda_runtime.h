@@ -35,8 +35,9 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 struct dim3 {
-  dim3(unsigned int size = 1) : x(size) {}  // NOLINT: converts implicitly, as CUDA's does
-  unsigned int x, y = 1, z = 1;
+  // NOLINTNEXTLINE: converts implicitly, as CUDA's does
+  dim3(unsigned int size = 1, unsigned int second = 1) : x(size), y(second) {}
+  unsigned int x, y, z = 1;
 };
 
 inline uint4 make_uint4(unsigned int x, unsigned int y, unsigned int z, unsigned int w) {

@@ -220,19 +220,22 @@ cudaError_t Run(const void* kernel, const cudaLaunchConfig_t& config,
                 const std::function<void()>& thread) {
   const int limit = shared_limits.count(kernel) != 0 ? shared_limits[kernel] : kDefaultSharedLimit;
   if (device.launch_error != cudaSuccess) return last_error = device.launch_error;
-  if (config.gridDim.x == 0 || config.gridDim.x > INT32_MAX || config.blockDim.x == 0 ||
-      config.blockDim.x > kMostThreads || config.dynamicSmemBytes > static_cast<size_t>(limit)) {
+  if (config.gridDim.x == 0 || config.gridDim.x > INT32_MAX || config.gridDim.y == 0 ||
+      config.gridDim.y > 65535 || config.blockDim.x == 0 || config.blockDim.x > kMostThreads ||
+      config.dynamicSmemBytes > static_cast<size_t>(limit)) {
     return last_error = cudaErrorInvalidConfiguration;
   }
   ++num_launches;
-  gridDim = std::min(config.gridDim.x, device.most_blocks);
+  gridDim = dim3(std::min(config.gridDim.x, device.most_blocks), config.gridDim.y);
   blockDim = config.blockDim;
   thread_function = &thread;
   MakeFibers(blockDim.x);
-  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-    PrepareSharedMemory(config.dynamicSmemBytes);
-    ForgetBarriers();
-    RunBlock(blockDim.x);
+  for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
+    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+      PrepareSharedMemory(config.dynamicSmemBytes);
+      ForgetBarriers();
+      RunBlock(blockDim.x);
+    }
   }
   return cudaSuccess;
 }

@@ -1,0 +1,2 @@
+// The kernels of SPLIT as C++.
+#include "kernels/cuda/split.cu"
