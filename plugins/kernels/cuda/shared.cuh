@@ -35,21 +35,29 @@ struct StageScales {
   __device__ float4 operator()(int word) const { return scales[ScaleIndex(chunk, word)]; }
 };
 
-// y is [rows][num_outputs].
-template <int kOutputs>
-__device__ inline void StoreChunk(void* y, lmkan_dtype dtype, int64_t num_outputs, int64_t row,
-                                  int64_t output, const float (&sums)[kOutputs]) {
-  const int64_t index = row * num_outputs + output;
-  if (num_outputs % 4 == 0) {
+// What has the results of a lookup as far as stores need it.
+struct Results {
+  void* y;  // [rows][num_outputs]
+  lmkan_dtype x_dtype;
+  int64_t num_outputs;
+};
+
+// To a Lookup, or to Results.
+template <class Target, int kOutputs>
+__device__ inline void StoreChunk(const Target& target, int64_t row, int64_t output,
+                                  const float (&sums)[kOutputs]) {
+  const int64_t index = row * target.num_outputs + output;
+  if (target.num_outputs % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < kOutputs; i += 4) {
-      if (output + i >= num_outputs) return;
-      StoreFourOutputs(y, dtype, index + i, sums + i);
+      if (output + i >= target.num_outputs) return;
+      StoreFourOutputs(target.y, target.x_dtype, index + i, sums + i);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) {
-      if (output + i < num_outputs) StoreOutput(y, dtype, index + i, sums[i]);
+      if (output + i < target.num_outputs)
+        StoreOutput(target.y, target.x_dtype, index + i, sums[i]);
     }
   }
 }

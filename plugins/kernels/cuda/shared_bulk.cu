@@ -150,8 +150,7 @@ __global__ void __launch_bounds__(kSharedMostThreads, 1)
       for (int k = 0; k < kChunks; ++k) {
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) sums[r][k][i] *= kSumUnit<T>;
-        StoreChunk(lookup.y, lookup.x_dtype, lookup.num_outputs, first_row + row,
-                   tile + chunk_of(k) * kOutputs, sums[r][k]);
+        StoreChunk(lookup, first_row + row, tile + chunk_of(k) * kOutputs, sums[r][k]);
       }
     }
   }

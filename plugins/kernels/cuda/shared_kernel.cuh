@@ -174,13 +174,12 @@ __global__ void __launch_bounds__(kSharedMostThreads, 1)
       for (int k = 0; k < kChunks; ++k) {
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) sums[r][k][i] *= kSumUnit<T>;
-        const int64_t to_row = first_row + row;
-        const int64_t output = tile + chunk_of(k) * kOutputs;
         if constexpr (kIsSplit) {
-          StoreChunk(arguments.parts, LMKAN_FLOAT32, lookup.num_outputs,
-                     blockIdx.y * lookup.rows + to_row, output, sums[r][k]);
+          const Results part = {arguments.parts + blockIdx.y * lookup.rows * lookup.num_outputs,
+                                LMKAN_FLOAT32, lookup.num_outputs};
+          StoreChunk(part, first_row + row, tile + chunk_of(k) * kOutputs, sums[r][k]);
         } else {
-          StoreChunk(lookup.y, lookup.x_dtype, lookup.num_outputs, to_row, output, sums[r][k]);
+          StoreChunk(lookup, first_row + row, tile + chunk_of(k) * kOutputs, sums[r][k]);
         }
       }
     }
