@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from starlette.responses import JSONResponse
 import lmkan_deploy
 from lmkan_deploy.errors import InputError
 from lmkan_deploy.runtime.tensors import Arrays, TensorSpec, check_inputs, numpy_dtype
+
+# ONNX Runtime's packages send usage data to Microsoft, which is for the user to allow.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 MODEL = Path(__file__).resolve().with_name("model.onnx")
 

@@ -7,8 +7,12 @@ library in this folder has its operators.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+# ONNX Runtime's packages send usage data to Microsoft, which is for the user to allow.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
 import onnxruntime as ort
