@@ -21,6 +21,7 @@ remember()
 GROUPS = {
     "test_cuda": "cuda",
     "test_onnxruntime_cuda": "cuda",
+    "test_tensorrt_package": "cuda",
     "test_tensorrt_plugin": "cuda",
     "test_package": "package",
 }

@@ -13,7 +13,7 @@ from lmkan_deploy.converters.model_file import load_model, temporary_model
 from lmkan_deploy.converters.onnx_function import attach_function, is_lookup, is_quantized_lookup
 from lmkan_deploy.converters.passes.base import dtype_name
 from lmkan_deploy.converters.table_dtype import dequantize_tables, store_scales
-from lmkan_deploy.engines.device import compute_capability, cuda_version
+from lmkan_deploy.engines.device import compute_capability, cuda_version, require_gpu
 from lmkan_deploy.engines.manifest import Manifest, manifest_path
 from lmkan_deploy.engines.plugin import find_plugin, load_plugin
 from lmkan_deploy.engines.profiles import Profile, make_profiles
@@ -58,7 +58,7 @@ def build_engine(
     Raises:
         ModelError: The model can't be read, or a file can't be written.
         EngineError: A shape does not fit, or TensorRT refuses the model.
-        LibraryError: TensorRT or the plugin library is missing.
+        LibraryError: TensorRT, the plugin library, or the GPU that TensorRT needs is missing.
     """
     path = output_file(output)
     if path.suffix != ".engine":
@@ -66,6 +66,7 @@ def build_engine(
             f"expected an output that ends in .engine, by which run, verify and serve know engines, found {path}"
         )
     trt = import_tensorrt(runtime)
+    capability = require_gpu(compute_capability()) if runtime == "tensorrt" else None
     progress(Step("loading"))
     source = load_model(Path(model))
     if path.exists() and path.samefile(model):
@@ -107,7 +108,7 @@ def build_engine(
             runtime=runtime,
             runtime_version=str(trt.__version__),
             cuda_version=cuda_version(),
-            compute_capability=compute_capability() if runtime == "tensorrt" else None,
+            compute_capability=capability,
             plugin_sha256=None if library is None else file_sha256(library),
             model=Path(model).name,
             model_sha256=file_sha256(Path(model)),

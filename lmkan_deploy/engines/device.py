@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
+from lmkan_deploy.errors import LibraryError
+
 
 def cuda_version() -> int | None:
     """Release of the CUDA driver's interface, such as 13000; None without a driver."""
@@ -26,6 +28,20 @@ def compute_capability(device: int = 0) -> str | None:
         if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle) != 0:
             return None
     return f"{major.value}.{minor.value}"
+
+
+def require_gpu(capability: str | None) -> str:
+    """What `compute_capability` found. Without a GPU TensorRT makes objects that end the process when used.
+
+    Raises:
+        LibraryError: It found none.
+    """
+    if capability is None:
+        raise LibraryError(
+            "expected a GPU and NVIDIA's driver, without which TensorRT neither builds nor opens engines, found "
+            "none; run nvidia-smi to see the GPU, or build with --runtime tensorrt-rtx, which needs none"
+        )
+    return capability
 
 
 def _driver() -> ctypes.CDLL | None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lmkan_deploy.engines.batches import Part, padded_sizes, row_range, split_batch
 from lmkan_deploy.engines.cuda_graph import import_driver
-from lmkan_deploy.engines.device import compute_capability
+from lmkan_deploy.engines.device import compute_capability, require_gpu
 from lmkan_deploy.engines.device_tensors import LEGACY_STREAM, device_interface, wait_for_stream
 from lmkan_deploy.engines.gpu import Gpu, OnGpu
 from lmkan_deploy.engines.lane import MAX_GRAPHS, DeviceArray, GraphLane, Lane, LoadedEngine
@@ -82,13 +82,16 @@ class EngineRunner:
         trt = import_tensorrt(runtime)
         log = make_log(trt)
         library = find_plugin(trt, plugin) if manifest.plugin_sha256 is not None else None
+        capability = compute_capability(device)
         check_manifest(
             path,
             manifest,
             runtime_version=str(trt.__version__),
-            compute_capability=compute_capability(device),
+            compute_capability=capability,
             plugin=library,
         )
+        if runtime == "tensorrt":
+            require_gpu(capability)
         loader = trt.Runtime(log)  # from which TensorRT has the log
         if library is not None:
             load_plugin(trt, log, library)
