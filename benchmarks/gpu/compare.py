@@ -1,6 +1,6 @@
 """Times the CUDA kernels against upstream's, and against dense layers, in one run on the same inputs.
 
-Usage: compare.py LIBLMKAN_CUDA OUTPUT.json [--upstream] [--only-auto]
+Usage: compare.py LIBLMKAN_CUDA OUTPUT.json [--upstream] [--tactics auto,narrow,split]
 
 Exits with 1 where a form failed or gave wrong values; a target that is missed changes nothing.
 """
@@ -22,6 +22,7 @@ import timing
 import torch
 from cases import CASES, Case
 from forms import (
+    TACTICS,
     Form,
     QuantizedTable,
     dense_form,
@@ -189,7 +190,7 @@ def raise_if_lost(error: Exception) -> None:
         raise ContextLostError(describe_error(error)) from lost
 
 
-def measure_case(case: Case, library: Any, with_upstream: bool, only_auto: bool) -> dict[str, Any]:
+def measure_case(case: Case, library: Any, with_upstream: bool, tactics: list[str]) -> dict[str, Any]:
     """Method, and for each form its times or its problem."""
     torch.manual_seed(0)
     inputs = [torch.randn((case.batch, case.widths[0]), device=DEVICE) for _ in range(case.num_inputs)]
@@ -209,7 +210,7 @@ def measure_case(case: Case, library: Any, with_upstream: bool, only_auto: bool)
             makers[f"upstream, tile {widths}"] = (lambda tile=tile: upstream(tile), wants["float32"])
     for name, dtype in TABLES.items():
         narrowed = narrow(tables, dtype)
-        for tactic in offered_tactics(library, narrowed) if not only_auto else ["auto"]:
+        for tactic in [tactic for tactic in offered_tactics(library, narrowed) if tactic in tactics]:
             makers[f"{name}, {tactic}"] = (
                 lambda narrowed=narrowed, tactic=tactic: library_form(library, narrowed, tactic, inputs),
                 wants[name],
@@ -356,7 +357,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run_cases(library_path: Path, output: Path, with_upstream: bool, only_auto: bool, first: int) -> int:
+def run_cases(library_path: Path, output: Path, with_upstream: bool, tactics: list[str], first: int) -> int:
     """Measures the cases from `first` on and saves after each; exit status."""
     torch.backends.cuda.matmul.allow_tf32 = False
     library = load_library(str(library_path.resolve()))
@@ -365,7 +366,7 @@ def run_cases(library_path: Path, output: Path, with_upstream: bool, only_auto: 
     output.write_text(json.dumps(results, indent=1))
     for case in CASES[first:]:
         try:
-            result = measure_case(case, library, with_upstream, only_auto)
+            result = measure_case(case, library, with_upstream, tactics)
         except Exception as error:
             result = failed_case(describe_error(error))
             if isinstance(error, ContextLostError):
@@ -395,11 +396,14 @@ def main() -> None:
     parser.add_argument("library", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--upstream", action="store_true")
-    parser.add_argument("--only-auto", action="store_true", help="leave out the tactics themselves")
+    parser.add_argument("--tactics", default=",".join(TACTICS), help="with commas; default: %(default)s")
     parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    tactics = arguments.tactics.split(",")
+    if unknown := set(tactics) - set(TACTICS):
+        parser.error(f"expected tactics of {', '.join(TACTICS)}, found {', '.join(sorted(unknown))}")
     if arguments.first is not None:
-        options = (arguments.upstream, arguments.only_auto, arguments.first)
+        options = (arguments.upstream, tactics, arguments.first)
         sys.exit(run_cases(arguments.library, arguments.output, *options))
     arguments.output.unlink(missing_ok=True)
     first = 0
