@@ -53,4 +53,7 @@ CASES = [
         for n_in in (32, 12)
         for grids, tiles in ((12, (16, 8)), (28, (8,)))
     ),
+    # What NARROW and SPLIT are for, without targets.
+    *(Case((256, 1), grids, 1 << 18, (4,)) for grids in (12, 28)),
+    *(Case((256, 256), 12, batch, (16,)) for batch in (256, 1024, 4096)),
 ]
