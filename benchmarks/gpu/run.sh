@@ -129,7 +129,7 @@ if imports "import importlib.metadata as m; m.distribution('lmkan-deploy'); impo
   # All that have GPU tests, but for what ran above.
   mapfile -t files < <(grep -l 'mark\.gpu$' "$root"/tests/test_*.py | grep -v test_onnxruntime_cuda)
   if ! imports "import tensorrt_rtx"; then
-    mapfile -t files < <(printf '%s\n' "${files[@]}" | grep -v test_tensorrt_plugin)
+    mapfile -t files < <(printf '%s\n' "${files[@]}" | grep -v /test_tensorrt_plugin_)
     verdict "python_tests: those of the plugin are left out, since tensorrt_rtx is not installed"
   fi
   step python_tests 150 env -C "$root" "$python" -m pytest -q -rs -p no:cacheprovider -m gpu \

@@ -1,4 +1,4 @@
-// C functions around a plugin library's virtual methods, so that tests/test_tensorrt_plugin.py can
+// C functions around a plugin library's virtual methods, so that tests/tensorrt_driver.py can
 // call them as TensorRT does: TensorRT's Python bindings cannot call the methods of a C++ plugin.
 // TensorRT's structures are plain data, which ctypes mirrors.
 #include <dlfcn.h>
