@@ -70,15 +70,21 @@ class Library:
         self._log = ctypes.CFUNCTYPE(None, c_int32, c_char_p)(
             lambda severity, line: self.lines.append((severity, line.decode()))
         )
-        count = c_int32()
-        creators = self.driver.driver_load(str(plugin).encode(), ctypes.byref(count))
-        assert creators, f"{plugin} does not load, or lacks an entry point"
-        self.count = count.value
+        self._path = str(plugin).encode()
+        creators, self.count = self._load()
         self._creators = (c_void_p * self.count).from_address(creators)
+
+    def _load(self) -> tuple[int, int]:
+        """Loads the library, or once more, and has it log here. Its creators, and how many there are."""
+        count = c_int32()
+        creators = self.driver.driver_load(self._path, ctypes.byref(count))
+        assert creators, f"{self._path.decode()} does not load, or lacks an entry point"
+        return creators, count.value
 
     def listen(self) -> None:
         """Sends what plugins log from now on to this object's lines, which are forgotten."""
         self.lines.clear()
+        self._load()  # TensorRT-RTX may have made itself the logger
         self.driver.driver_log_to(self._log)
 
     def create(
