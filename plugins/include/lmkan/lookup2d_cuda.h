@@ -39,7 +39,8 @@ LMKAN_API int32_t lmkan_cuda_tactics(const lmkan_table_desc* desc, lmkan_dtype d
                                      lmkan_cuda_tactic* tactics, int32_t capacity);
 
 /* Bytes of device memory that a lookup of up to `rows` rows needs besides its tensors; exact, and
- * never less for more rows. Aligned to 256 bytes by the caller. */
+ * never less for more rows. Aligned to 16 bytes, and in use until the stream has passed the lookup:
+ * lookups on several streams need one each. */
 LMKAN_API lmkan_status lmkan_cuda_workspace_size(const lmkan_table_desc* desc, lmkan_dtype dtype,
                                                  int64_t rows, lmkan_cuda_tactic tactic,
                                                  size_t* bytes, char* message, size_t message_size);

@@ -71,12 +71,33 @@ __device__ inline float AddThreads(const float (&sums)[kSums], int32_t lane) {
   }
 }
 
+// The outputs of a corner, read at once where all kOutputs exist: one by one they would keep to a
+// few banks.
+template <class T, int kOutputs>
+struct alignas(kOutputs * sizeof(T)) Corner {
+  T entries[kOutputs];
+};
+
+template <class T, int kOutputs, bool kIsWhole>
+__device__ inline Corner<T, kOutputs> LoadCorner(const T* at, int32_t outputs) {
+  if constexpr (kIsWhole) {
+    return *reinterpret_cast<const Corner<T, kOutputs>*>(at);
+  } else {
+    Corner<T, kOutputs> corner = {};
+#pragma unroll
+    for (int o = 0; o < kOutputs; ++o) {
+      if (o < outputs) corner.entries[o] = at[o];
+    }
+    return corner;
+  }
+}
+
 __device__ inline int32_t SumOf(int32_t lane) { return lane / (kWarp / kNarrowSums); }
 
 }  // namespace
 
-// Up to kOutputs outputs.
-template <class T, int kOutputs>
+// kOutputs outputs, or fewer where kIsWhole is false.
+template <class T, int kOutputs, bool kIsWhole>
 __global__ void __launch_bounds__(kNarrowThreads, 2)
     NarrowKernel(const __grid_constant__ NarrowArguments arguments) {
   constexpr int kRows = kNarrowSums / kOutputs;
@@ -89,7 +110,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 2)
   T* const slices = reinterpret_cast<T*>(shared + plan.cell_bytes);
 
   const int32_t lane = threadIdx.x % kWarp;
-  const auto outputs = static_cast<int32_t>(lookup.num_outputs);
+  const int32_t outputs = kIsWhole ? kOutputs : static_cast<int32_t>(lookup.num_outputs);
   const int32_t line = lookup.points() * outputs;
   const int32_t slice = lookup.points() * line;
   const int32_t feature_bytes = lookup.x_dtype == LMKAN_FLOAT32 ? 4 : 2;
@@ -140,15 +161,21 @@ __global__ void __launch_bounds__(kNarrowThreads, 2)
                 FindPlace(features[r].Take(lookup.x_dtype), lookup.num_grids, cells);
             const Weights<float> weights(place);
             const T* const corner = own_slice + place.cell * outputs;
+            const int32_t offsets[4] = {0, outputs, line, line + outputs};
+            float values[kOutputs] = {};
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+              const Corner<T, kOutputs> at =
+                  LoadCorner<T, kOutputs, kIsWhole>(corner + offsets[c], outputs);
+#pragma unroll
+              for (int o = 0; o < kOutputs; ++o) {
+                values[o] = fmaf(weights.corner[c], Widen(at.entries[o]), values[o]);
+              }
+            }
 #pragma unroll
             for (int o = 0; o < kOutputs; ++o) {
-              if (o >= outputs) continue;
-              float value = weights.corner[0] * Widen(corner[o]);
-              value = fmaf(weights.corner[1], Widen(corner[o + outputs]), value);
-              value = fmaf(weights.corner[2], Widen(corner[o + line]), value);
-              value = fmaf(weights.corner[3], Widen(corner[o + line + outputs]), value);
               float& sum = sums[(ahead + r) * kOutputs + o];
-              sum = sizeof(T) == 1 ? fmaf(value, scales[o], sum) : sum + value;
+              sum = sizeof(T) == 1 ? fmaf(values[o], scales[o], sum) : sum + values[o];
             }
           }
         }
@@ -171,10 +198,16 @@ using Kernel = void (*)(NarrowArguments);
 
 template <class T>
 Kernel SelectOutputs(int64_t num_outputs) {
-  if (num_outputs <= 1) return NarrowKernel<T, 1>;
-  if (num_outputs <= 2) return NarrowKernel<T, 2>;
-  if (num_outputs <= 4) return NarrowKernel<T, 4>;
-  return NarrowKernel<T, 8>;
+  switch (num_outputs) {
+    case 1:
+      return NarrowKernel<T, 1, true>;
+    case 2:
+      return NarrowKernel<T, 2, true>;
+    case 4:
+      return NarrowKernel<T, 4, true>;
+    default:
+      return NarrowKernel<T, 4, false>;
+  }
 }
 
 Kernel Select(lmkan_dtype table_dtype, int64_t num_outputs) {

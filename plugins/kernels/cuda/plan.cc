@@ -37,7 +37,10 @@ int64_t RowPartsBytes(const Problem& problem) {
 }
 
 int64_t TurnRows(const Problem& problem) {
-  return std::clamp<int64_t>(kMostWorkspaceBytes / RowPartsBytes(problem), 1, problem.rows);
+  int64_t most = std::max<int64_t>(kMostWorkspaceBytes / RowPartsBytes(problem), 1);
+  constexpr int64_t kWhole = 256;  // rows, which fill blocks
+  if (most > kWhole) most -= most % kWhole;
+  return std::min(most, problem.rows);
 }
 
 // Shared memory that the system takes of each block that runs.
@@ -45,6 +48,12 @@ constexpr int32_t kBlockReserve = 1 << 10;
 
 // Grids beyond that would leave no room for slices; it also keeps the sizes below within 32 bits.
 constexpr int32_t kMostSharedGrids = 64;
+
+// Whether SHARED can run on any device, and has pairs to split.
+bool HasParts(const Problem& problem) {
+  return NumParts(problem) > 1 && problem.num_grids <= kMostSharedGrids &&
+         problem.num_pairs <= INT32_MAX;
+}
 
 int32_t PowerOfTwoUpTo(int64_t most) {
   int32_t power = 1;
@@ -166,16 +175,19 @@ SharedPlan PlanShared(const Problem& problem, const Device& device) {
 }
 
 SplitPlan PlanSplit(const Problem& problem, const Device& device) {
-  if (NumParts(problem) == 1) return {};
+  if (!HasParts(problem)) return {};
   Problem turn = problem;
   turn.rows = TurnRows(problem);
-  const SharedPlan shared = PlanParts(turn, device, NumParts(problem));
+  SharedPlan shared = PlanParts(turn, device, NumParts(problem));
+  // The copies by threads use no more; what others would take lets more blocks run.
+  shared.shared_bytes -= (shared.stages - shared.copy_stages()) * shared.stage_bytes;
+  shared.stages = shared.copy_stages();
   return {shared, static_cast<int32_t>(NumParts(problem)), static_cast<int32_t>(PartPairs(problem)),
-          turn.rows};
+          Ceil(problem.num_outputs, TileOutputs(problem)), turn.rows};
 }
 
 int64_t SplitWorkspaceBytes(const Problem& problem) {
-  return TurnRows(problem) * RowPartsBytes(problem);
+  return HasParts(problem) ? TurnRows(problem) * RowPartsBytes(problem) : 0;
 }
 
 NarrowPlan PlanNarrow(const Problem& problem, const Device& device) {

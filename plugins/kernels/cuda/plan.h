@@ -101,7 +101,7 @@ SharedPlan PlanShared(const Problem& problem, const Device& device);
 // Each of its warps computes as many rows as make kNarrowSums sums.
 inline constexpr int kNarrowThreads = 512;
 inline constexpr int kNarrowSums = 16;
-inline constexpr int kNarrowMostOutputs = 8;
+inline constexpr int kNarrowMostOutputs = 4;
 
 struct NarrowPlan {
   int32_t warp_rows;   // 0: too many outputs, or slices that don't fit this device
@@ -123,12 +123,13 @@ struct SplitPlan {
       shared;  // of all parts of a turn; 0 threads: the slices don't fit, or there is one part
   int32_t num_parts;
   int32_t part_pairs;  // a multiple of 4; the last part may have fewer
+  int64_t num_tiles;   // of outputs
   int64_t turn_rows;   // that are computed at a time, so that the workspace has a limit
 };
 
 SplitPlan PlanSplit(const Problem& problem, const Device& device);
 
-// Of a problem of any device.
+// On any device; 0 where SPLIT can't run on one.
 int64_t SplitWorkspaceBytes(const Problem& problem);
 
 // Whether slices should be copied by hardware.

@@ -15,6 +15,7 @@ struct AddPartsArguments {
 namespace {
 
 constexpr int kAddThreads = 256;
+constexpr int kPartsAhead = 8;  // that are loaded before the first of them is added
 
 }  // namespace
 
@@ -25,9 +26,17 @@ __global__ void __launch_bounds__(kAddThreads)
   for (int64_t i = int64_t{blockIdx.x} * kAddThreads + threadIdx.x; i < arguments.num_sums;
        i += step) {
     float sum = 0.0f;
-#pragma unroll 8
-    for (int32_t part = 0; part < arguments.num_parts; ++part) {
-      sum += __ldg(arguments.parts + part * arguments.num_sums + i);
+    const float* at = arguments.parts + i;
+#pragma unroll 1
+    for (int32_t first = 0; first < arguments.num_parts; first += kPartsAhead) {
+      float parts[kPartsAhead];
+#pragma unroll
+      for (int p = 0; p < kPartsAhead; ++p) {
+        parts[p] = first + p < arguments.num_parts ? __ldg(at) : 0.0f;
+        at += arguments.num_sums;
+      }
+#pragma unroll
+      for (int p = 0; p < kPartsAhead; ++p) sum += parts[p];
     }
     StoreOutput(arguments.y, arguments.dtype, i, sum);
   }
@@ -47,6 +56,7 @@ cudaError_t LaunchSplit(const Lookup& lookup, const SplitPlan& plan, void* works
   Lookup& turn = arguments.lookup;
   for (int64_t first = 0; first < lookup.rows; first += plan.turn_rows) {
     turn.rows = std::min(plan.turn_rows, lookup.rows - first);
+    arguments.plan.num_items = plan.num_tiles * Ceil(turn.rows, plan.shared.rows);
     turn.x = Advance(const_cast<void*>(lookup.x), FeaturesOffset(first, 0, lookup.num_pairs),
                      lookup.x_dtype);
     turn.y = Advance(lookup.y, first * lookup.num_outputs, lookup.x_dtype);

@@ -1,6 +1,8 @@
 // What only a GPU has: graphs, streams, and memory for offsets beyond 32 bits.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -215,6 +217,25 @@ void TestGraphs(const Shape& shape, lmkan_dtype table_dtype) {
   }
 }
 
+// More rows than SPLIT's workspace has room for at a time.
+void TestTurns() {
+  Problem problem({8, 3, 40, 250000}, LMKAN_FLOAT32, 1);
+  problem.Launch(LMKAN_CUDA_SHARED, nullptr, "turns");
+  const Array expected = problem.y.Read();
+  problem.Launch(LMKAN_CUDA_SPLIT, nullptr, "turns");
+  const Array found = problem.y.Read();
+  double largest = 0;
+  for (int64_t i = 0; i < expected.size(); ++i) {
+    largest = std::max(largest, std::fabs(expected.Get(i)));
+  }
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < found.size(); ++i) {
+    const double difference = found.Get(i) - expected.Get(i);
+    if (!(std::fabs(difference) <= 1e-5 * largest)) ++wrong;
+  }
+  LMKAN_EXPECT(wrong == 0, "turns: %d values differ from SHARED's", static_cast<int>(wrong));
+}
+
 // --- Offsets
 // -----------------------------------------------------------------------------------------------
 
@@ -319,6 +340,7 @@ void TestRealDevice(bool is_small) {
   }
   TestOrder({64, 13, 96, 700});
   if (is_small) return;
+  TestTurns();
   TestLargeTable();
   TestLargeBatch();
 }
