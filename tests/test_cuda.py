@@ -21,7 +21,7 @@ BUILT_FOR = "9.0"  # by `cuda_build`
 
 OK, INVALID_ARGUMENT, CUDA_ERROR = 0, 1, 4
 FLOAT32, INT8 = 0, 3
-AUTO, GATHER, SHARED, NARROW, SPLIT = 0, 1, 2, 3, 4
+AUTO, GATHER, SHARED, NARROW = 0, 1, 2, 3
 
 
 class TableDesc(ctypes.Structure):

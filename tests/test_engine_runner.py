@@ -472,6 +472,20 @@ def test_plugins_that_cannot_be_loaded(gpu: SimpleNamespace, tmp_path: Path) -> 
         lmkan_deploy.load_runner(gpu.path, plugin=plugin)
 
 
+def test_tensorrt_opens_nothing_without_a_gpu(
+    stack: ExportedStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.engine"
+    profiles: list[Profile] = [{"x": ShapeRange((1, 10), (1, 10), (16, 10))}]
+    with engine_on_gpu(path, stack.onnx, profiles, "tensorrt") as gpu:
+        manifest = json.loads(manifest_path(path).read_text())
+        manifest_path(path).write_text(json.dumps({**manifest, "compute_capability": None}))
+        monkeypatch.setattr("lmkan_deploy.engines.runner.compute_capability", lambda _: None)
+        monkeypatch.setattr(gpu.trt, "Runtime", lambda _: pytest.fail("TensorRT was asked"))
+        with pytest.raises(LibraryError, match=r"expected a GPU .*, found none; run nvidia-smi"):
+            lmkan_deploy.load_runner(path)
+
+
 def test_options_of_engines_are_refused_elsewhere(stack: ExportedStack) -> None:
     with pytest.raises(ModelError, match="expected an engine with a plugin, found .*model.onnx"):
         lmkan_deploy.load_runner(stack.onnx, plugin="plugin.so")

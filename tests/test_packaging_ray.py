@@ -117,6 +117,15 @@ def call(app: Any, method: str, path: str, content: Any = None, root: str = "") 
 INFER = "/v2/models/net/infer"
 
 
+def test_ray_app_lets_onnxruntime_send_nothing(
+    stack: ExportedStack, ray_app: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "")  # and what it was comes back
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
+    ray_app(stack.onnx)
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+
+
 def test_ray_app_answers(stack: ExportedStack, ray_app: Callable[..., Any]) -> None:
     app = ray_app(stack.onnx)
     runner = lmkan_deploy.load_runner(stack.onnx)

@@ -432,6 +432,21 @@ def test_python_model_needs_nothing_but_numpy_and_onnxruntime() -> None:
     assert third_party == {"numpy", "onnxruntime", "triton_python_backend_utils"}
 
 
+@pytest.mark.parametrize(("given", "found"), [(None, "1"), ("0", "0")])
+def test_python_model_lets_onnxruntime_send_nothing(given: str | None, found: str, tmp_path: Path) -> None:
+    template = Path(lmkan_deploy.__file__).parent / "packaging" / "templates" / "triton_model.py"
+    (tmp_path / "onnxruntime.py").write_text("import os; print(os.environ.get('ORT_DISABLE_TELEMETRY'))")
+    (tmp_path / "triton_python_backend_utils.py").touch()
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    if given is not None:
+        environment["ORT_DISABLE_TELEMETRY"] = given
+    environment["PYTHONPATH"] = str(tmp_path)
+    result = subprocess.run(
+        [sys.executable, template], capture_output=True, text=True, env=environment, check=True
+    )
+    assert result.stdout == f"{found}\n"
+
+
 # --- Triton for real ---------------------------------------------------------------------------------
 
 

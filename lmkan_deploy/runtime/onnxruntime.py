@@ -148,8 +148,10 @@ class OnnxRuntimeRunner:
 
     def _check(self, feeds: Mapping[str, NDArray[Any]]) -> None:
         check_inputs(self.inputs, feeds, self.limits)
+        if not self._needs_rows:
+            return
         empty = next((name for name, array in feeds.items() if array.size == 0), None)
-        if self._needs_rows and empty is not None:
+        if empty is not None:
             raise InputError(
                 f"expected at least one row of {empty}, found shape {list(feeds[empty].shape)}: ONNX Runtime "
                 "before 1.25 ends the process at an Einsum of an empty batch; install a later release"

@@ -257,8 +257,7 @@ lmkan_status Run(const Lookup& lookup, const Problem& problem, lmkan_cuda_tactic
   if (error != cudaSuccess) return FailCall(error, message, "finding the CUDA device");
   if (tactic == LMKAN_CUDA_AUTO) {
     tactic = PrefersShared(problem, device) ? LMKAN_CUDA_SHARED : LMKAN_CUDA_GATHER;
-  }
-  if (!Fits(problem, device, tactic)) {
+  } else if (!Fits(problem, device, tactic)) {
     return Fail(
         LMKAN_UNSUPPORTED, message,
         "expected a tactic that this device can run for %lld pairs, %lld grid cells an axis and "

@@ -101,7 +101,7 @@ template <class T, int kOutputs, bool kIsWhole>
 __global__ void __launch_bounds__(kNarrowThreads, 2)
     NarrowKernel(const __grid_constant__ NarrowArguments arguments) {
   constexpr int kRows = kNarrowSums / kOutputs;
-  constexpr int kAhead = kRows < kRowsAhead ? kRows : kRowsAhead;
+  static_assert(kRows % kRowsAhead == 0, "rows are loaded so many at a time");
   extern __shared__ uint4 shared_memory[];
   const Lookup& lookup = arguments.lookup;
   const NarrowPlan& plan = arguments.plan;
@@ -147,16 +147,16 @@ __global__ void __launch_bounds__(kNarrowThreads, 2)
           }
         }
 #pragma unroll
-        for (int ahead = 0; ahead < kRows; ahead += kAhead) {
+        for (int ahead = 0; ahead < kRows; ahead += kRowsAhead) {
           // Zeros of rows that don't exist are looked up too, without a branch, and not stored.
-          Features features[kAhead] = {};
+          Features features[kRowsAhead] = {};
 #pragma unroll
-          for (int r = 0; r < kAhead; ++r) {
+          for (int r = 0; r < kRowsAhead; ++r) {
             const int32_t row = ahead + r;
             if (row < rows) features[r].LoadAt(own_x + row * row_bytes, lookup.x_dtype, 1);
           }
 #pragma unroll
-          for (int r = 0; r < kAhead; ++r) {
+          for (int r = 0; r < kRowsAhead; ++r) {
             const Place place =
                 FindPlace(features[r].Take(lookup.x_dtype), lookup.num_grids, cells);
             const Weights<float> weights(place);
